@@ -1,0 +1,62 @@
+# The commands of this repository; `make help` lists them.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+DEMO := --cluster 2P2D \
+	--workload low_prefill_low_decode,low_prefill_high_decode,high_prefill_low_decode,high_prefill_high_decode,long_tail_burst \
+	--load 0.7 --policies never,kairos,least_ttft,conditional,slo_price --seeds 0-4 \
+	--json results/demo.json --plots results/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint type format bench clean
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' Makefile | expand -t 16
+
+demo: $(VENV)/core  ## compare five policies on 2P2D: prints the table, writes results/demo
+	@mkdir -p results
+	$(BIN)/deflector evaluate $(DEMO)
+
+test: lint type  ## lint, types, layers, packaging and all tests
+	$(BIN)/pytest -n $(WORKERS)
+
+lint: $(VENV)/dev  ## ruff
+	$(BIN)/ruff check .
+
+type: $(VENV)/dev  ## mypy --strict
+	$(BIN)/mypy -p deflector
+
+format: $(VENV)/dev  ## let ruff format the sources
+	$(BIN)/ruff format .
+
+bench: $(VENV)/core  ## run every benchmark, figures to results/bench
+	@mkdir -p results/bench
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script"; \
+		$(BIN)/python "$$script" --json "results/bench/$$(basename "$$script" .py).json"; \
+	done
+
+clean:  ## remove the environment, builds and tool caches (results/ stay)
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The three files below are stamps: a second call installs nothing, unless a dependency changed.
+
+$(VENV)/made:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 to 3.14, or name it: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 14) and \
+		"deflector needs Python 3.11 to 3.14, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.12" % v)'
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@touch $@
+
+$(VENV)/core: $(VENV)/made pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/made pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/core $@

@@ -1,0 +1,113 @@
+"""The world behind an environment or a Python policy: simulated here, live elsewhere, one protocol for both."""
+
+from typing import Protocol
+
+import numpy as np
+
+from deflector.envs.cluster import ClusterFacts, ClusterSpec
+from deflector.envs.compiled import entry
+from deflector.envs.outcome import NUM_COLUMNS, Outcomes
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.events import advance
+from deflector.envs.simulator.reports import observe
+from deflector.envs.simulator.routing import apply_decision, encode_decision
+from deflector.envs.state import ClusterState, Decision, Request, StateRow
+from deflector.envs.workload import Workload
+
+
+class Backend(Protocol):
+    """Plays a workload on a cluster, one routing decision at a time."""
+
+    def reset(self, seed: int) -> None:
+        """Begins anew."""
+
+    def next_arrival(self) -> tuple[ClusterState, Request] | None:
+        """Plays on to the next request that waits to be routed; None once there are no more."""
+
+    def apply(self, decision: Decision) -> None:
+        """Routes the request that `next_arrival` has just returned."""
+
+    def drain(self) -> Outcomes:
+        """Plays to the end and returns what became of every request."""
+
+
+class SimulatedBackend:
+    """The compiled simulator behind the `Backend` protocol."""
+
+    def __init__(self, spec: ClusterSpec, workload: Workload, *, seed: int = 0, count_from_s: float = 0.0) -> None:
+        """Begins a run.
+
+        Args:
+            spec: The cluster.
+            workload: Requests, sorted by arrival.
+            seed: Of noise and report loss.
+            count_from_s: Requests that arrive earlier leave no trace in the pooled gaps between tokens.
+        """
+        self._spec, self._workload, self._count_from_s = spec, workload, count_from_s
+        self.facts: ClusterFacts = spec.facts()
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Begins the same workload anew with another seed of noise and report loss."""
+        self.world = at.new_world(
+            self._spec, self.facts, self._workload, seed=seed, count_from_s=self._count_from_s
+        )
+
+    def next_arrival(self) -> tuple[ClusterState, Request] | None:
+        """Plays on to the next request that waits to be routed; None once there are no more."""
+        rows = np.empty((len(StateRow), self.facts.num_nodes))
+        while True:
+            code = _advance_and_observe(self.world, rows)
+            if code == at.DONE:
+                return None
+            if code == at.DECIDE:
+                break
+            self.world = at.grown(self.world, code)
+        w = self.world
+        number = int(w.i[int(w.i[at.H_SLOT0_I]) + int(w.i[at.H_CURRENT]) * at.SLOT_I + at.REQUEST])
+        load = self._workload
+        request = Request(
+            id=number,
+            arrival_s=float(load.arrival_s[number]),
+            prompt_tokens=int(load.prompt_tokens[number]),
+            max_output_tokens=int(load.max_output_tokens[number]),
+            ttft_slo_s=float(load.ttft_slo_s[number]),
+            tbt_slo_s=float(load.tbt_slo_s[number]),
+            slo_class=int(load.slo_class[number]),
+        )
+        return ClusterState(float(w.f[at.G_NOW]), rows, self.facts), request
+
+    def apply(self, decision: Decision) -> None:
+        """Routes the request that `next_arrival` has just returned.
+
+        Raises:
+            RuntimeError: If no request waits to be routed.
+        """
+        if self.world.i[at.H_CURRENT] < 0:
+            raise RuntimeError("no request waits to be routed: call next_arrival() first")
+        _apply(self.world, encode_decision(decision))
+
+    def drain(self) -> Outcomes:
+        """Plays to the end; requests that still arrive are rejected, as after a router's shutdown."""
+        while self.next_arrival() is not None:
+            _apply(self.world, np.zeros(at.DECISION_LENGTH))
+        return self.outcomes
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What is known of every request by now."""
+        load = self._workload
+        return Outcomes(load.arrival_s, load.ttft_slo_s, load.tbt_slo_s, self.world.requests[:, :NUM_COLUMNS])
+
+
+@entry
+def _advance_and_observe(w: at.World, rows: at.FloatArray) -> int:
+    code = advance(w)
+    if code == at.DECIDE:
+        observe(w, rows)
+    return code
+
+
+@entry
+def _apply(w: at.World, decision: at.FloatArray) -> None:
+    apply_decision(w, decision)

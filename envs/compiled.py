@@ -1,0 +1,43 @@
+"""Numba's `njit` in our two flavours, with a disk cache that notices every change.
+
+Numba's cache watches the file of the function that it stores, not the files of the functions inlined into it nor the
+module constants frozen into it. So each state of the sources gets a cache folder of its own, named after their hash and
+set before numba is imported; old folders are simply never read again. A NUMBA_CACHE_DIR set by the user is respected.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import platformdirs
+
+import deflector
+
+COMPILED_FOLDERS = ("envs", "envs/simulator", "policies")
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(f"{deflector.__version__} {sys.version_info[:2]}".encode())
+    root = Path(__file__).resolve().parent.parent
+    for folder in COMPILED_FOLDERS:
+        for path in sorted((root / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+if not os.environ.get("NUMBA_CACHE_DIR"):
+    os.environ["NUMBA_CACHE_DIR"] = str(Path(platformdirs.user_cache_dir("deflector")) / f"kernel-{_source_hash()}")
+
+import numba  # noqa: E402  (the cache folder must be known first)
+
+numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+
+inner = numba.njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For functions that only compiled code calls: without doors for Python. Without Numba's reference counts, too: such a
+function may read and write the elements of arrays, but make no array and no view, and it compiles twice as fast."""
+
+entry = numba.njit(_nrt=False, cache=True, nogil=True)
+"""For the few functions that Python calls: cached on disk, and other threads run meanwhile."""
+
+__all__ = ["entry", "inner"]

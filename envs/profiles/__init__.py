@@ -1,0 +1,1 @@
+"""Built-in step-time profiles, one JSON file each."""

@@ -1,0 +1,121 @@
+"""The gaps between tokens: a log of equal-batch stretches, read once per request when it finishes.
+
+A *segment* is a stretch of iterations of one node with a fixed decode batch; its gaps grow linearly, since only the KV
+does. A request that decodes without interruption has exactly the gaps of the consecutive segments of its life. Where it
+is preempted or starved, a *break* closes the range of segments and holds the one irregular gap that bridges it.
+"""
+
+import numpy as np
+
+from deflector.envs.compiled import inner
+from deflector.envs.outcome import Column
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.layout import World
+from deflector.envs.simulator.queues import node_base, slot_base, slot_base_f
+
+_MEAN, _P99, _MAX = int(Column.TBT_MEAN_S), int(Column.TBT_P99_S), int(Column.TBT_MAX_S)
+
+
+@inner
+def add_segment(
+    w: World, node: int, iterations: int, first_gap_s: float, growth_s: float, first_weight: int, weight: int
+) -> None:
+    """Appends the stretch that begins now to the node's chain."""
+    nb = node_base(w.i, node)
+    entry = w.i[at.H_LOG_LENGTH]
+    w.i[at.H_LOG_LENGTH] = entry + 1
+    w.log[entry, at.LOG_GAP], w.log[entry, at.LOG_GROWTH] = first_gap_s, growth_s
+    w.log[entry, at.LOG_ITERATIONS] = iterations
+    w.log[entry, at.LOG_PREV] = w.i[nb + at.SEGMENT]
+    w.log[entry, at.LOG_FIRST_WEIGHT], w.log[entry, at.LOG_WEIGHT] = first_weight, weight
+    w.i[nb + at.SEGMENT] = entry
+
+
+@inner
+def break_range(w: World, node: int, slot: int, last_token_s: float) -> None:
+    """Ends a request's regular range at the node's last segment: its next gap is irregular."""
+    sb = slot_base(w.i, slot)
+    entry = w.i[at.H_LOG_LENGTH]
+    w.i[at.H_LOG_LENGTH] = entry + 1
+    w.log[entry, at.LOG_GAP], w.log[entry, at.LOG_GROWTH] = np.nan, 0.0
+    w.log[entry, at.LOG_ITERATIONS] = -1 - w.i[sb + at.RANGE_SKIP]
+    w.log[entry, at.LOG_PREV] = w.i[sb + at.BREAK]
+    w.log[entry, at.LOG_FIRST_WEIGHT] = w.i[sb + at.RANGE_STOP]
+    w.log[entry, at.LOG_WEIGHT] = w.i[node_base(w.i, node) + at.SEGMENT]
+    w.i[sb + at.BREAK] = entry
+    w.f[slot_base_f(w.i, slot) + at.LAST_TOKEN] = last_token_s
+
+
+@inner
+def begin_range(w: World, node: int, slot: int, token_s: float) -> None:
+    """Begins a regular range after the node's last segment; closes the irregular gap before it, if there is one."""
+    sb, sf = slot_base(w.i, slot), slot_base_f(w.i, slot)
+    if not np.isnan(w.f[sf + at.LAST_TOKEN]):
+        entry = w.i[sb + at.BREAK]
+        w.log[entry, at.LOG_GAP] = token_s - w.f[sf + at.LAST_TOKEN]
+        w.log[entry, at.LOG_GROWTH] = w.i[sb + at.IS_COUNTED]
+        w.f[sf + at.LAST_TOKEN] = np.nan
+    w.i[sb + at.RANGE_STOP] = w.i[node_base(w.i, node) + at.SEGMENT]
+    w.i[sb + at.RANGE_SKIP] = 0
+
+
+@inner
+def _keep(w: World, kept: int, most: int, gap_s: float) -> int:
+    """Inserts a gap into the descending list of the `most` largest; returns its new length."""
+    top = w.i[at.H_TOP]
+    if kept == most:
+        kept -= 1
+    position = kept
+    while position > 0 and w.f[top + position - 1] < gap_s:
+        w.f[top + position] = w.f[top + position - 1]
+        position -= 1
+    w.f[top + position] = gap_s
+    return kept + 1
+
+
+@inner
+def _keep_range(w: World, kept: int, most: int, stop: int, skip: int, last: int) -> int:
+    top = w.i[at.H_TOP]
+    segment = last
+    while segment != stop:
+        previous = int(w.log[segment, at.LOG_PREV])
+        first = 1 if skip and previous == stop else 0
+        k = int(w.log[segment, at.LOG_ITERATIONS]) - 1
+        while k >= first:
+            gap_s = w.log[segment, at.LOG_GAP] + w.log[segment, at.LOG_GROWTH] * k
+            if kept == most and gap_s <= w.f[top + kept - 1]:
+                break
+            kept = _keep(w, kept, most, gap_s)
+            k -= 1
+        segment = previous
+    return kept
+
+
+@inner
+def write_gaps(w: World, node: int, slot: int, now_s: float) -> None:
+    """Writes mean, P99 (linear interpolation) and maximum of a finished request's gaps into its outcome."""
+    sb = slot_base(w.i, slot)
+    request, gaps = w.i[sb + at.REQUEST], w.i[sb + at.OUTPUT] - 1
+    if gaps < 1:
+        return
+    rank = 0.99 * (gaps - 1)
+    below = int(rank)
+    most = gaps - below
+    kept = _keep_range(
+        w, 0, most, w.i[sb + at.RANGE_STOP], w.i[sb + at.RANGE_SKIP], w.i[node_base(w.i, node) + at.SEGMENT]
+    )
+    entry = w.i[sb + at.BREAK]
+    top = w.i[at.H_TOP]
+    while entry >= 0:
+        gap_s = w.log[entry, at.LOG_GAP]
+        if kept < most or gap_s > w.f[top + kept - 1]:
+            kept = _keep(w, kept, most, gap_s)
+        skip = -1 - int(w.log[entry, at.LOG_ITERATIONS])
+        stop, last = int(w.log[entry, at.LOG_FIRST_WEIGHT]), int(w.log[entry, at.LOG_WEIGHT])
+        kept = _keep_range(w, kept, most, stop, skip, last)
+        entry = int(w.log[entry, at.LOG_PREV])
+    low = w.f[top + most - 1]
+    high = w.f[top + most - 2] if most > 1 else low
+    w.requests[request, _MEAN] = (now_s - w.f[slot_base_f(w.i, slot) + at.FIRST_TOKEN]) / gaps
+    w.requests[request, _P99] = low + (rank - below) * (high - low)
+    w.requests[request, _MAX] = w.f[top]

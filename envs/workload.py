@@ -1,0 +1,87 @@
+"""A workload: when requests arrive, how long they are, and what was promised to them."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from deflector.envs.errors import InputError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests in order of arrival, as arrays of one length.
+
+    Attributes:
+        arrival_s: Non-decreasing, >= 0.
+        prompt_tokens: >= 1.
+        output_tokens: True output length, >= 1; no policy may see it.
+        max_output_tokens: What the client allows, >= output_tokens; policies may see it.
+        ttft_slo_s: > 0; inf where nothing was promised.
+        tbt_slo_s: > 0; inf where nothing was promised.
+        slo_class: Small number naming each request's class of SLOs.
+        notes: What a reader of the workload has to know about how it came to be, one sentence each.
+    """
+
+    arrival_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    max_output_tokens: IntArray
+    ttft_slo_s: FloatArray
+    tbt_slo_s: FloatArray
+    slo_class: IntArray
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def without_slo(
+        cls,
+        arrival_s: FloatArray,
+        prompt_tokens: IntArray,
+        output_tokens: IntArray,
+        max_output_tokens: int,
+        notes: tuple[str, ...] = (),
+    ) -> Self:
+        """Requests to which nothing was promised yet: both SLOs are inf, the class is 0; `attach_slo` adds them."""
+        count = len(arrival_s)
+        return cls(
+            arrival_s=arrival_s,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            max_output_tokens=np.full(count, max_output_tokens, dtype=np.int64),
+            ttft_slo_s=np.full(count, np.inf),
+            tbt_slo_s=np.full(count, np.inf),
+            slo_class=np.zeros(count, dtype=np.int64),
+            notes=notes,
+        )
+
+    def __len__(self) -> int:
+        """Number of requests."""
+        return len(self.arrival_s)
+
+    @property
+    def rate_rps(self) -> float:
+        """Requests per second between the first and the last arrival; nan for fewer than two."""
+        if len(self) < 2 or self.arrival_s[-1] == self.arrival_s[0]:
+            return float("nan")
+        return float((len(self) - 1) / (self.arrival_s[-1] - self.arrival_s[0]))
+
+    def scaled_to(self, rate_rps: float) -> Self:
+        """The same requests with time stretched so that they arrive at `rate_rps`, starting at 0.
+
+        Raises:
+            InputError: If the rate is not a positive number, or the workload has none to scale.
+        """
+        if not 0 < rate_rps < float("inf"):
+            raise InputError(f"rate {rate_rps} requests/s: give a positive number")
+        if np.isnan(self.rate_rps):
+            raise InputError(
+                f"rate {rate_rps} requests/s: no stretch gives it, since the workload's {len(self)} requests "
+                "do not arrive at two different times; use a longer one"
+            )
+        start = self.arrival_s[0]
+        return replace(self, arrival_s=(self.arrival_s - start) * (self.rate_rps / rate_rps))

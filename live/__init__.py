@@ -1,0 +1,1 @@
+"""The same policies in front of real vLLM engines."""

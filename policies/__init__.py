@@ -1,0 +1,1 @@
+"""Given a state of the cluster, decide where a request runs."""

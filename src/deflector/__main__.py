@@ -1,0 +1,5 @@
+"""`python -m deflector`."""
+
+from deflector.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Make policies and judge them."""

@@ -1,0 +1,153 @@
+"""Results on disk: written whole or not at all, and journalled run by run so that a killed command can go on."""
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from deflector.envs.errors import InputError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file at once, so that no reader ever sees half of it; a device or a pipe is simply written to.
+
+    Raises:
+        OSError: If it cannot be written; the old file is then as it was.
+    """
+    if not _is_plain(path):
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file as `write_atomically` does; NaN and infinity, which JSON lacks, are refused.
+
+    Raises:
+        OSError: Naming the file.
+    """
+    try:
+        write_atomically(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@dataclass(slots=True)
+class Journal:
+    """Finished runs of one command, one JSON line each, beside the file that will hold the results.
+
+    Attributes:
+        path: The journal; None where results go nowhere, or to a device.
+        found: Runs that an earlier, killed command with the same settings finished: run key -> its record.
+    """
+
+    path: Path | None
+    settings_key: str
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _file: TextIO | None = None
+
+    @classmethod
+    def beside(cls, results: str | None, settings_key: str) -> Self:
+        """The journal of a results file, holding what an earlier command with the same settings left there.
+
+        Raises:
+            InputError: If no results could be written there.
+        """
+        if results is None:
+            return cls(None, settings_key)
+        if Path(results).is_dir():
+            raise InputError(f"--json {results}: this is a folder: name a file")
+        if not _is_plain(Path(results)):
+            return cls(None, settings_key)
+        target = Path(results).resolve()
+        journal = cls(target.with_name(target.name + ".partial.jsonl"), settings_key)
+        journal._open(results)
+        return journal
+
+    def _open(self, results: str) -> None:
+        assert self.path is not None
+        kept = []
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            kept = list(self._valid_lines(self.path.read_text(encoding="utf-8")))
+        try:
+            # What does not belong to these settings, and a line that a kill cut short, is dropped.
+            write_atomically(self.path, "".join(kept))
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(
+                f"--json {results}: cannot write there ({reason}): name a file that can be written"
+            ) from error
+
+    def _valid_lines(self, text: str) -> Iterator[str]:
+        for line in text.splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+                if line.endswith("\n") and entry["settings"] == self.settings_key:
+                    self.found[entry["run"]] = entry["record"]
+                    yield line
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def append(self, run: str, record: dict[str, Any]) -> None:
+        """Keeps a finished run, on disk before this returns.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        if self._file is None:
+            return
+        entry = {"settings": self.settings_key, "run": run, "record": record}
+        try:
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+    def close(self, *, done: bool) -> None:
+        """Ends the journal.
+
+        Args:
+            done: Whether the results are safe elsewhere, so that the journal can go; an empty one goes anyway.
+        """
+        if self._file is None or self.path is None:
+            return
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            if done or self.path.stat().st_size == 0:
+                self.path.unlink()
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is an ordinary file, or nothing yet."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
