@@ -51,7 +51,7 @@ def print_tables(console: Console, plan: Plan, results: Results) -> None:
     if len(plan.cells) > 1:
         _print_summary(console, plan, results)
     console.print()
-    for line in _legend(plan, results):
+    for line in _legend(plan):
         console.print(line, style="dim", highlight=False)
 
 
@@ -94,7 +94,7 @@ def _columns(baseline: str) -> list[_Column]:
     return [
         _Column("SLO met\n%", lambda row: f"{row.attainment.estimate * 100:.1f}", lambda row: row.attainment.estimate),
         _Column(
-            f"against {baseline if len(baseline) < 12 else 'baseline'}\npoints",
+            f"vs {baseline if len(baseline) < 9 else 'baseline'}\npoints",
             lambda row: _difference(row, baseline),
         ),
         _Column("TTFT P50\ns", lambda row: _seconds(row.mean(lambda run: run.ttft_p50_s)), wide=True),
@@ -152,7 +152,8 @@ def _parts(row: CellRow) -> str:
 
 
 def _seconds(value: float) -> str:
-    return "never" if math.isinf(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return "never" if math.isinf(value) else f"{value:.{decimals}f}"
 
 
 def _milliseconds(value: float) -> str:
@@ -182,10 +183,12 @@ def _print_summary(console: Console, plan: Plan, results: Results) -> None:
     console.print(table)
 
 
-def _legend(plan: Plan, results: Results) -> Iterable[str]:
+def _legend(plan: Plan) -> Iterable[str]:
+    slo = plan.slo_ttft
+    parts = [f"{slo.seconds:g} s"] * (slo.seconds > 0) + [f"{slo.multiple:g} x isolated prefill"] * (slo.multiple > 0)
     yield (
-        f"SLO met: TTFT within {plan.slo_ttft} s (x: isolated prefill time) and P99 of the gaps between tokens within "
-        f"{plan.slo_tbt_s:g} s, of all requests after the first {plan.warmup_s:g} s."
+        f"SLO met: TTFT within {' + '.join(parts)} and P99 of the gaps between tokens within {plan.slo_tbt_s:g} s; "
+        f"all requests after the first {plan.warmup_s:g} s count."
     )
     if len(plan.seeds) == 1:
         yield "One seed: no confidence intervals."

@@ -10,7 +10,7 @@ from deflector.envs.cluster import NodeField
 from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.batch import join_decodes, preempt, starve
-from deflector.envs.simulator.gaps import add_segment, begin_range, break_range
+from deflector.envs.simulator.gaps import add_segment, begin_range
 from deflector.envs.simulator.hashing import step_noise
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.queues import (
@@ -18,18 +18,14 @@ from deflector.envs.simulator.queues import (
     append_prefill,
     block_phases,
     blocks_for,
+    mark_dirty,
     next_finish,
     node_base,
     node_base_f,
-    prepend,
-    push_finish,
-    remove_finish,
     set_step_end,
     slot_base,
     slot_base_f,
-    tbt_classes,
     unlink,
-    unlink_prefill,
 )
 from deflector.envs.simulator.timing import decode_kv_growth, step_time
 from deflector.envs.simulator.transfers import start_transfer
@@ -67,6 +63,8 @@ def schedule(w: World, node: int, now_s: float) -> None:
         decodes += joined
         kv_tokens += w.f[nf + at.KV] - kv_before
     if decodes + chunk_tokens == 0:
+        if preempted:
+            mark_dirty(w, node)
         return
 
     steps = w.i[nb + at.STARTED]
