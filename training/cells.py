@@ -1,7 +1,6 @@
 """What an evaluation runs: cells of cluster x workload x load, each with every policy and seed."""
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,18 +112,19 @@ class Plan:
             lambda prompts: profile.isolated_prefill_s(prompts, budget_tokens),
         )
 
-    @property
-    def key(self) -> str:
-        """Hash of all that the figures depend on, the simulator's sources included."""
-        slo = (str(self.slo_ttft), self.slo_tbt_s, self.warmup_s)
-        digest = hashlib.sha256(json.dumps([source_hash(), slo]).encode())
-        for cell in self.cells:
-            digest.update(f"{cell.key} {cell.spec!r} {cell.source!r}".encode())
-            digest.update(cell.facts.nodes.tobytes())
-            digest.update(cell.facts.tables.tobytes())
-            requests = cell.source.workload(cell.rate_rps, self.seeds[0])
-            for array in (requests.arrival_s, requests.prompt_tokens, requests.output_tokens):
-                digest.update(array.tobytes())
+    def fingerprint(self, cell: Cell) -> str:
+        """Hash of all that the figures of a cell's runs depend on, the simulator's sources included."""
+        promised = (str(self.slo_ttft), self.slo_tbt_s, self.warmup_s)
+        digest = hashlib.sha256(f"{source_hash()} {promised} {cell.key} {cell.spec!r} {cell.source!r}".encode())
+        requests = cell.source.workload(cell.rate_rps, self.seeds[0])
+        for array in (
+            cell.facts.nodes,
+            cell.facts.tables,
+            requests.arrival_s,
+            requests.prompt_tokens,
+            requests.output_tokens,
+        ):
+            digest.update(array.tobytes())
         return digest.hexdigest()[:24]
 
 

@@ -1,5 +1,6 @@
 """`deflector evaluate`: policies x cells x seeds, compared on the same requests."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -46,15 +47,16 @@ def evaluate(settings: Evaluate, console: Console) -> dict[str, Any]:
     with Progress() as progress:
         progress.begin("finding the saturation rates")
         plan = make_plan(settings, jobs)
-        journal = Journal.beside(settings.json, plan.key)
-        results = _earlier(journal)
         runs = plan.runs
+        journal = Journal.beside(settings.json)
+        journal_keys = _journal_keys(plan)
+        results = _earlier(journal, journal_keys)
         left = [run for run in runs if run.key not in results]
         written = False
 
         def keep(run: Run, metrics: RunMetrics) -> None:
             results[run.key] = metrics
-            journal.append(run.key, metrics.as_json())
+            journal.append(journal_keys[run.key], metrics.as_json())
 
         try:
             progress.begin("simulating", total=len(runs), done=len(runs) - len(left))
@@ -102,14 +104,18 @@ def _make_folder(path: str) -> None:
         raise InputError(f"--plots {path}: cannot make this folder ({error.strerror}): name another") from error
 
 
-def _earlier(journal: Journal) -> dict[str, RunMetrics]:
+def _journal_keys(plan: Plan) -> dict[str, str]:
+    """Run key -> a text that no run of any other evaluation has, unless it gives the same figures."""
+    prints = {cell.key: plan.fingerprint(cell) for cell in plan.cells}
+    return {run.key: f"{prints[run.cell.key]}|{run.policy}|{run.seed}" for run in plan.runs}
+
+
+def _earlier(journal: Journal, journal_keys: dict[str, str]) -> dict[str, RunMetrics]:
     """Runs that a killed command left behind; records of an older version are run again."""
     found = {}
-    for key, record in journal.found.items():
-        try:
-            found[key] = RunMetrics.from_json(record)
-        except (KeyError, TypeError, AttributeError):
-            continue
+    for key, journal_key in journal_keys.items():
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            found[key] = RunMetrics.from_json(journal.found[journal_key])
     return found
 
 
@@ -118,6 +124,7 @@ def _report(
 ) -> dict[str, Any]:
     """The JSON file's content. In a figure, null stands for inf in a TTFT, and for "there is none" elsewhere."""
     described = {key: value for key, value in vars(settings).items() if key not in ("json", "plots", "jobs")}
+    described["trace"] = list(settings.trace)
     return {
         "schema": SCHEMA,
         "command": "evaluate",

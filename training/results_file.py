@@ -57,29 +57,28 @@ class Journal:
 
     Attributes:
         path: The journal; None where results go nowhere, or to a device.
-        found: Runs that an earlier, killed command with the same settings finished: run key -> its record.
+        found: What earlier, killed commands finished: a text that says all about a run -> its record.
     """
 
     path: Path | None
-    settings_key: str
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     _file: TextIO | None = None
 
     @classmethod
-    def beside(cls, results: str | None, settings_key: str) -> Self:
-        """The journal of a results file, holding what an earlier command with the same settings left there.
+    def beside(cls, results: str | None) -> Self:
+        """The journal of a results file, holding what an earlier command left there.
 
         Raises:
             InputError: If no results could be written there.
         """
         if results is None:
-            return cls(None, settings_key)
+            return cls(None)
         if Path(results).is_dir():
             raise InputError(f"--json {results}: this is a folder: name a file")
         if not _is_plain(Path(results)):
-            return cls(None, settings_key)
+            return cls(None)
         target = Path(results).resolve()
-        journal = cls(target.with_name(target.name + ".partial.jsonl"), settings_key)
+        journal = cls(target.with_name(target.name + ".partial.jsonl"))
         journal._open(results)
         return journal
 
@@ -89,7 +88,7 @@ class Journal:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             kept = list(self._valid_lines(self.path.read_text(encoding="utf-8")))
         try:
-            # What does not belong to these settings, and a line that a kill cut short, is dropped.
+            # A line that a kill cut short is dropped.
             write_atomically(self.path, "".join(kept))
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
@@ -102,7 +101,7 @@ class Journal:
         for line in text.splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-                if line.endswith("\n") and entry["settings"] == self.settings_key:
+                if line.endswith("\n"):
                     self.found[entry["run"]] = entry["record"]
                     yield line
             except (ValueError, KeyError, TypeError):
@@ -116,9 +115,8 @@ class Journal:
         """
         if self._file is None:
             return
-        entry = {"settings": self.settings_key, "run": run, "record": record}
         try:
-            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.write(json.dumps({"run": run, "record": record}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             error.filename = str(self.path)

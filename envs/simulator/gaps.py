@@ -7,7 +7,7 @@ is preempted or starved, a *break* closes the range of segments and holds the on
 
 import numpy as np
 
-from deflector.envs.compiled import inner
+from deflector.envs.compiled import entry, inner
 from deflector.envs.outcome import Column
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import World
@@ -119,3 +119,48 @@ def write_gaps(w: World, node: int, slot: int, now_s: float) -> None:
     w.requests[request, _MEAN] = (now_s - w.f[slot_base_f(w.i, slot) + at.FIRST_TOKEN]) / gaps
     w.requests[request, _P99] = low + (rank - below) * (high - low)
     w.requests[request, _MAX] = w.f[top]
+
+
+@entry
+def gap_percentile(log: at.FloatArray, percent: float) -> float:
+    """The smallest gap that `percent` per cent of all counted gaps do not exceed; nan if there are none.
+
+    Exact to the last bit but one: bisection on the value, counting each segment's linearly growing gaps in closed form.
+    """
+    total, longest_s = 0.0, 0.0
+    for k in range(len(log)):
+        count = _count_up_to(log, k, np.inf)
+        total += count
+        if count > 0:
+            steps = max(log[k, at.LOG_ITERATIONS] - 1, 0.0)
+            growth_s = log[k, at.LOG_GROWTH] if log[k, at.LOG_ITERATIONS] > 0 else 0.0
+            longest_s = max(longest_s, log[k, at.LOG_GAP] + growth_s * steps)
+    if total == 0:
+        return np.nan
+    wanted = percent / 100.0 * total
+    low_s, high_s = 0.0, longest_s
+    while True:
+        middle_s = 0.5 * (low_s + high_s)
+        if not low_s < middle_s < high_s:
+            return high_s
+        below = 0.0
+        for k in range(len(log)):
+            below += _count_up_to(log, k, middle_s)
+        if below >= wanted:
+            high_s = middle_s
+        else:
+            low_s = middle_s
+
+
+@inner
+def _count_up_to(log: at.FloatArray, k: int, limit_s: float) -> float:
+    """Counted gaps of a log entry that are at most `limit_s` long."""
+    gap_s, growth, iterations = log[k, at.LOG_GAP], log[k, at.LOG_GROWTH], log[k, at.LOG_ITERATIONS]
+    if iterations < 0:
+        return growth if gap_s <= limit_s else 0.0
+    if iterations == 0 or gap_s > limit_s:
+        return 0.0
+    later = iterations - 1
+    if growth > 0:
+        later = min(later, np.floor((limit_s - gap_s) / growth))
+    return log[k, at.LOG_FIRST_WEIGHT] + later * log[k, at.LOG_WEIGHT]

@@ -1,0 +1,75 @@
+"""The paper's rule (Kairos, arXiv:2607.02043, Algorithm 1), exactly as printed.
+
+Best prefill node by Eq. 1-2; best decode node without any prefill in flight or waiting, its chunks the largest that keep
+every running decode within beta of its TBT SLO; deflect iff TTFT_dec <= alpha TTFT_pf and TTFT_dec <= the TTFT SLO. Ties
+go to the lower node id. The paper does not say where a disaggregated request decodes: here on the least loaded node.
+"""
+
+import numpy as np
+
+from deflector.envs.compiled import inner
+from deflector.envs.simulator import layout as at
+from deflector.envs.state import Reason
+from deflector.policies.estimates import decode_path_s, prefill_path_s, tbt_limit_s
+from deflector.policies.question import (
+    AHEAD,
+    DEFLECTED,
+    Question,
+    answer_deflect,
+    answer_disaggregate,
+    can_decode,
+    can_prefill,
+    least_loaded_decode_node,
+)
+
+_PREFILL_FASTER, _DEFLECT_FASTER = int(Reason.PREFILL_PATH_FASTER), int(Reason.DEFLECT_FASTER)
+_NO_FEASIBLE, _AT_RISK = int(Reason.NO_FEASIBLE_DECODE_NODE), int(Reason.TTFT_SLO_AT_RISK)
+_FIXED = int(Reason.POLICY_FIXED)
+
+ALPHA, BETA = 0, 1
+
+
+@inner
+def best_prefill_node(q: Question) -> int:
+    """The prefill node with the smallest printed TTFT, which it writes into the answer; -1 if there is none."""
+    best, soonest_s = -1, np.inf
+    for node in range(q.rows.shape[1]):
+        if can_prefill(q, node):
+            ttft_s = prefill_path_s(q, node)
+            if ttft_s < soonest_s:
+                best, soonest_s = node, ttft_s
+    q.answer[at.D_TTFT_PREFILL] = soonest_s
+    return best
+
+
+@inner
+def never(q: Question) -> None:
+    """Disaggregates always, by the same choice of nodes as `kairos`: the paper's rule without deflection."""
+    source = best_prefill_node(q)
+    q.answer[at.D_TTFT_DECODE] = np.nan
+    answer_disaggregate(q, source, least_loaded_decode_node(q, source), _FIXED)
+
+
+@inner
+def kairos(q: Question) -> None:
+    """Algorithm 1."""
+    alpha, beta = q.parameters[ALPHA], q.parameters[BETA]
+    source = best_prefill_node(q)
+    prefill_s = q.answer[at.D_TTFT_PREFILL]
+    target, decode_s = -1, np.inf
+    for node in range(q.rows.shape[1]):
+        if can_decode(q, node) and q.rows[DEFLECTED, node] == 0 and q.rows[AHEAD, node] == 0:
+            ttft_s = decode_path_s(q, node, tbt_limit_s(q, node, beta))
+            if ttft_s < decode_s:
+                target, decode_s = node, ttft_s
+    q.answer[at.D_TTFT_DECODE] = decode_s
+    if target >= 0 and source >= 0 and decode_s <= alpha * prefill_s and decode_s <= q.ttft_slo_s:
+        answer_deflect(q, target, _DEFLECT_FASTER)
+        decode_path_s(q, target, tbt_limit_s(q, target, beta))
+        return
+    reason = _PREFILL_FASTER
+    if target < 0:
+        reason = _NO_FEASIBLE
+    elif decode_s <= alpha * prefill_s:
+        reason = _AT_RISK
+    answer_disaggregate(q, source, least_loaded_decode_node(q, source), reason)

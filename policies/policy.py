@@ -1,0 +1,92 @@
+"""What a policy is, and the analytical ones as objects: the same compiled cores that rollouts use, behind one method."""
+
+from typing import Protocol
+
+import numpy as np
+
+from deflector.envs.compiled import entry
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.layout import FloatArray
+from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Reason, Request
+from deflector.policies.decide import decide
+from deflector.policies.question import MEMORY, Question
+from deflector.policies.registry import PolicySpec, parse_policy
+
+
+class Policy(Protocol):
+    """Given a state of the cluster, decides where a request runs."""
+
+    def reset(self, seed: int) -> None:
+        """Forgets what it remembers of earlier requests."""
+
+    def decide(self, state: ClusterState, request: Request) -> Decision:
+        """Routes one request."""
+
+
+class AnalyticalPolicy:
+    """One of the registry's rules."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        """Binds a rule to its parameters."""
+        self.spec = spec
+        self._number, self._parameters = spec.info.number, spec.vector
+        self.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """Forgets what it remembers of earlier requests; no analytical rule draws random numbers."""
+        self._memory = np.zeros(MEMORY)
+        self._answer = np.zeros(at.DECISION_LENGTH)
+
+    def decide(self, state: ClusterState, request: Request) -> Decision:
+        """Routes one request."""
+        facts = state.facts
+        _decide(
+            self._number, state.now_s, request.prompt_tokens, request.ttft_slo_s, request.tbt_slo_s, state.rows,
+            facts.nodes, facts.tables, self._parameters, self._memory, self._answer,
+        )  # fmt: skip
+        return decode_answer(self._answer)
+
+
+def make_policy(text: str) -> Policy:
+    """A policy from its name, such as `kairos:alpha=1.0`.
+
+    Raises:
+        InputError: If there is none of that name, or a parameter is off.
+    """
+    return AnalyticalPolicy(parse_policy(text))
+
+
+def decode_answer(flat: FloatArray) -> Decision:
+    """The flat array that compiled code writes, as a decision."""
+    values = flat.tolist()
+    runs = values[at.D_RUNS : at.D_RUNS + 2 * int(values[at.D_NUM_RUNS])]
+    return Decision(
+        path=Path(int(values[at.D_PATH])),
+        prefill_node=int(values[at.D_PREFILL]),
+        decode_node=int(values[at.D_DECODE]),
+        reason=Reason(int(values[at.D_REASON])),
+        chunk_rule=ChunkRule(int(values[at.D_RULE])),
+        chunk_runs=tuple((int(a), int(b)) for a, b in zip(runs[::2], runs[1::2], strict=True)),
+        tbt_budget_s=values[at.D_BUDGET],
+        ttft_prefill_path_s=values[at.D_TTFT_PREFILL],
+        ttft_decode_path_s=values[at.D_TTFT_DECODE],
+    )
+
+
+@entry
+def _decide(
+    policy: int,
+    now_s: float,
+    prompt_tokens: int,
+    ttft_slo_s: float,
+    tbt_slo_s: float,
+    rows: FloatArray,
+    nodes: FloatArray,
+    tables: FloatArray,
+    parameters: FloatArray,
+    memory: FloatArray,
+    answer: FloatArray,
+) -> None:
+    answer[at.D_TTFT_PREFILL] = answer[at.D_TTFT_DECODE] = np.nan
+    q = Question(now_s, prompt_tokens, ttft_slo_s, tbt_slo_s, rows, nodes, tables, parameters, memory, answer)
+    decide(policy, q)

@@ -1,0 +1,139 @@
+"""Policies by name: `kairos`, `kairos:alpha=1.0,beta=0.5`, `prompt_threshold:tokens=1024`."""
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from deflector.envs.errors import InputError
+from deflector.envs.simulator.layout import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """One entry of the registry.
+
+    Attributes:
+        number: What compiled code knows it by (`decide.decide`).
+        parameters: Name -> (default, smallest, largest), in the order in which the core reads them.
+        summary: One line.
+        looks: Whether it reads the cluster's state at all.
+    """
+
+    number: int
+    parameters: dict[str, tuple[float, float, float]]
+    summary: str
+    looks: bool = True
+
+
+NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD, CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE = range(9)
+
+POLICIES: dict[str, PolicyInfo] = {
+    "never": PolicyInfo(NEVER, {}, "disaggregates always, by the paper's choice of prefill node"),
+    "always": PolicyInfo(ALWAYS, {}, "deflects always, in the largest safe chunks"),
+    "round_robin": PolicyInfo(ROUND_ROBIN, {}, "disaggregates, each pool in turn, load unseen", looks=False),
+    "least_loaded": PolicyInfo(LEAST_LOADED, {}, "disaggregates to the shortest prefill queue and the smallest batch"),
+    "prompt_threshold": PolicyInfo(
+        PROMPT_THRESHOLD, {"tokens": (2048, 0, 1e9)}, "shorter prompts stay on the decode node (llm-d)"
+    ),
+    "conditional": PolicyInfo(
+        CONDITIONAL,
+        {"tokens": (2048, 0, 1e9), "busy_tokens": (8192, 0, 1e12), "decode_busy": (0.7, 0, 1)},
+        "short prompts, or all prompts when prefill is busy, stay on a decode node with room (Dynamo)",
+    ),
+    "kairos": PolicyInfo(
+        KAIROS, {"alpha": (1.3, 0, 1e6), "beta": (1.0, 0, 100)}, "the paper's rule, arXiv:2607.02043, Algorithm 1"
+    ),
+    "least_ttft": PolicyInfo(LEAST_TTFT, {"beta": (1.0, 0, 100)}, "least predicted TTFT over all pairs and deflections"),
+    "slo_price": PolicyInfo(
+        SLO_PRICE,
+        {"price": (1.0, 0, 1e6), "spread": (0.1, 1e-3, 10), "harm": (1.0, 0, 1e6), "deflect_price": (1.0, 0, 1e6)},
+        "least predicted SLO misses, the arriving request's and everybody else's",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """A name with its parameters.
+
+    Attributes:
+        name: Key of `POLICIES`.
+        parameters: All of them, defaults filled in.
+    """
+
+    name: str
+    parameters: dict[str, float]
+
+    @property
+    def info(self) -> PolicyInfo:
+        """The registry's entry."""
+        return POLICIES[self.name]
+
+    @property
+    def vector(self) -> FloatArray:
+        """The parameters in the core's order."""
+        return np.array([self.parameters[key] for key in self.info.parameters], dtype=np.float64)
+
+
+def parse_policy(text: str) -> PolicySpec:
+    """Reads `name` or `name:key=value,key=value`.
+
+    Raises:
+        InputError: Saying what is allowed.
+    """
+    name, _, tail = text.strip().partition(":")
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"unknown policy '{name}': {hint}known are {', '.join(POLICIES)}")
+    allowed = POLICIES[name].parameters
+    values = {key: default for key, (default, _, _) in allowed.items()}
+    for item in filter(None, (part.strip() for part in tail.split(","))):
+        key, _, value = item.partition("=")
+        if key not in allowed:
+            takes = ", ".join(allowed) or "none"
+            raise InputError(f"policy '{text}': no parameter '{key}'; {name} takes {takes}")
+        low, high = allowed[key][1:]
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise InputError(f"policy '{text}': {key} is a number from {low:g} to {high:g}, not '{value}'")
+        values[key] = number
+    return PolicySpec(name, values)
+
+
+def split_policies(text: str) -> list[str]:
+    """Splits `never,kairos:alpha=1.0,beta=0.5,least_ttft` into its three policies, each checked.
+
+    Raises:
+        InputError: If one is unknown or malformed, or there is none.
+    """
+    specs: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if specs and re.match(r"\w+=", part) and ":" in specs[-1]:
+            specs[-1] += f",{part}"
+        else:
+            specs.append(part)
+    if not specs:
+        raise InputError(f"no policy given; known are {', '.join(POLICIES)}")
+    for spec in specs:
+        parse_policy(spec)
+    return specs
+
+
+def policy_names() -> tuple[str, ...]:
+    """All names, in the registry's order."""
+    return tuple(POLICIES)
+
+
+def describe_policies() -> list[tuple[str, str, str]]:
+    """(name, parameters with their defaults, one-line summary) of each policy."""
+    return [
+        (name, ", ".join(f"{key}={default:g}" for key, (default, _, _) in info.parameters.items()), info.summary)
+        for name, info in POLICIES.items()
+    ]

@@ -1,0 +1,176 @@
+"""A router that prices harm: the predicted SLO miss of the arriving request plus what it costs everybody else.
+
+Every (prefill, decode) pair and every deflection (in the largest safe chunks, or capped at each candidate size) gets
+
+    cost = P(TTFT miss) + lateness + harm to resident decodes + price of the queue that the request leaves behind.
+
+The idea of pricing externalities at a router is that of the public BLIS study, where it lost least to the best static
+plan; its formulas are not public, these are ours. Everything comes from the router's state, predicted steps and the
+recent arrival process.
+
+- P(TTFT miss): logistic in (predicted TTFT - SLO) / (spread x SLO).
+- lateness: a small slope in TTFT / SLO, so that a request already lost is still served as soon as it can be.
+- harm: resident decodes times the share of them that lose their P99 TBT. A request of a few hundred tokens loses it with
+  its second or third gap above the SLO, so two such steps count as a full loss. For a pair, the same for one more decode.
+- price: those who will queue behind the request, arriving at the recent rate until the queue has drained, each wait for
+  as long as the request occupies the node; a second of waiting is worth 1 / SLO of a miss.
+"""
+
+import math
+
+import numpy as np
+
+from deflector.envs.compiled import inner
+from deflector.envs.simulator import layout as at
+from deflector.envs.state import CHUNK_CANDIDATES, Reason
+from deflector.policies.estimates import (
+    decode_path_s,
+    mixed_step_s,
+    own_prefill_s,
+    tbt_limit_s,
+    transfer_s,
+    work_ahead_s,
+)
+from deflector.policies.least_ttft import join_s, wait_on_decode_node_s
+from deflector.policies.question import (
+    BLOCK_SIZE,
+    BUDGET,
+    DECODES,
+    INCOMING,
+    INCOMING_TOKENS,
+    KV_BLOCKS,
+    KV_USED,
+    Question,
+    answer_deflect,
+    answer_disaggregate,
+    answer_local,
+    can_decode,
+    can_prefill,
+    use_cap,
+    use_largest_safe,
+)
+
+_LOWEST_COST = int(Reason.LOWEST_COST)
+
+PRICE, SPREAD, HARM, DEFLECT_PRICE = 0, 1, 2, 3
+LATENESS = 0.02
+STEPS_TO_LOSE_TBT = 2.0
+RATE_WINDOW_S = 10.0
+SAFE = -1
+_LAST_ARRIVAL, _DECAYED_ARRIVALS = 0, 1
+
+
+@inner
+def slo_price(q: Question) -> None:
+    """Takes the candidate with the lowest cost."""
+    rate_rps = _recent_rate(q)
+    prefill_nodes, decode_nodes = 0, 0
+    for node in range(q.rows.shape[1]):
+        prefill_nodes += can_prefill(q, node)
+        decode_nodes += can_decode(q, node)
+    best_cost, source, target, cap = np.inf, -1, -1, 0
+    pair_s, here_s = np.inf, np.inf
+    for p in range(q.rows.shape[1]):
+        if not can_prefill(q, p):
+            continue
+        wait_s, own_s = work_ahead_s(q, p), own_prefill_s(q, p)
+        price = q.parameters[PRICE] * _queue_price(q, rate_rps / prefill_nodes, wait_s, own_s)
+        for d in range(q.rows.shape[1]):
+            if d == p or not can_decode(q, d):
+                continue
+            ttft_s = wait_s + own_s + transfer_s(q, p, d) + join_s(q, d)
+            cost = _own_cost(q, ttft_s) + price + _join_harm(q, d)
+            pair_s = min(pair_s, ttft_s)
+            if cost < best_cost:
+                best_cost, source, target, cap = cost, p, d, 0
+    for d in range(q.rows.shape[1]):
+        if not can_decode(q, d):
+            continue
+        wait_s = wait_on_decode_node_s(q, d)
+        limit_s = tbt_limit_s(q, d, 1.0)
+        share_rps = rate_rps / decode_nodes * q.parameters[DEFLECT_PRICE]
+        for k in range(-1, len(CHUNK_CANDIDATES)):
+            candidate = SAFE if k < 0 else CHUNK_CANDIDATES[k]
+            if candidate > q.nodes[d, BUDGET]:
+                continue
+            if candidate == SAFE:
+                occupied_s, breaches = decode_path_s(q, d, limit_s), 0.0
+            else:
+                occupied_s, breaches = _capped_path(q, d, candidate, limit_s)
+            if occupied_s == np.inf:
+                continue
+            harm = q.parameters[HARM] * q.rows[DECODES, d] * min(1.0, breaches / STEPS_TO_LOSE_TBT)
+            price = q.parameters[PRICE] * _queue_price(q, share_rps, wait_s, occupied_s)
+            cost = _own_cost(q, wait_s + occupied_s) + price + harm + _join_harm(q, d)
+            here_s = min(here_s, wait_s + occupied_s)
+            if cost < best_cost:
+                best_cost, source, target, cap = cost, -1, d, candidate
+    q.answer[at.D_TTFT_PREFILL], q.answer[at.D_TTFT_DECODE] = pair_s, here_s
+    if target < 0:
+        answer_local(q)
+    elif source >= 0:
+        answer_disaggregate(q, source, target, _LOWEST_COST)
+    else:
+        answer_deflect(q, target, _LOWEST_COST)
+        if cap == SAFE:
+            use_largest_safe(q, tbt_limit_s(q, target, 1.0))
+        else:
+            use_cap(q, cap)
+
+
+@inner
+def _recent_rate(q: Question) -> float:
+    """Arrivals per second over the last seconds, exponentially weighted; counts the present one."""
+    passed_s = q.now_s - q.memory[_LAST_ARRIVAL]
+    q.memory[_LAST_ARRIVAL] = q.now_s
+    q.memory[_DECAYED_ARRIVALS] = q.memory[_DECAYED_ARRIVALS] * math.exp(-passed_s / RATE_WINDOW_S) + 1.0
+    return q.memory[_DECAYED_ARRIVALS] / RATE_WINDOW_S
+
+
+@inner
+def _own_cost(q: Question, ttft_s: float) -> float:
+    excess = (ttft_s - q.ttft_slo_s) / (q.parameters[SPREAD] * q.ttft_slo_s)
+    miss = 1.0 / (1.0 + math.exp(-min(max(excess, -50.0), 50.0)))
+    return miss + LATENESS * ttft_s / q.ttft_slo_s
+
+
+@inner
+def _queue_price(q: Question, rate_rps: float, wait_s: float, own_s: float) -> float:
+    """Expected misses among those who arrive while the queue drains, since each waits `own_s` longer."""
+    return rate_rps * (wait_s + own_s) * own_s / q.ttft_slo_s
+
+
+@inner
+def _join_harm(q: Question, node: int) -> float:
+    """Resident decodes that one more sequence would push over their TBT SLO; 1 if the KV is full besides."""
+    others = int(q.rows[DECODES, node] + q.rows[INCOMING, node])
+    limit_s = tbt_limit_s(q, node, 1.0)
+    step_s = mixed_step_s(q, node, 0, q.prompt_tokens + int(q.rows[INCOMING_TOKENS, node]), 1 + int(q.rows[INCOMING, node]))
+    over = min(max((step_s / limit_s - 0.9) / 0.1, 0.0), 1.0)
+    capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
+    full = q.rows[KV_USED, node] + q.rows[INCOMING_TOKENS, node] + q.prompt_tokens > capacity
+    return q.parameters[HARM] * over * (1 + others) + (1.0 if full else 0.0)
+
+
+@inner
+def _capped_path(q: Question, node: int, cap: int, limit_s: float) -> tuple[float, float]:
+    """Seconds that the prompt needs in chunks of `cap`, and how many of its steps break the TBT limit.
+
+    Whole chunks take times that grow linearly with the context, so their sum is that of a trapezoid.
+    """
+    whole = q.prompt_tokens // cap
+    rest = q.prompt_tokens - whole * cap
+    total_s, breaches = 0.0, 0.0
+    if whole > 0:
+        first_s = mixed_step_s(q, node, cap, 0, 0)
+        last_s = mixed_step_s(q, node, cap, (whole - 1) * cap, 0)
+        total_s = 0.5 * whole * (first_s + last_s)
+        if first_s > limit_s:
+            breaches = float(whole)
+        elif last_s > limit_s:
+            breaches = whole * (last_s - limit_s) / (last_s - first_s)
+    if rest > 0:
+        rest_s = mixed_step_s(q, node, rest, whole * cap, 0)
+        total_s += rest_s
+        breaches += 1.0 if rest_s > limit_s else 0.0
+    return total_s, breaches
