@@ -78,7 +78,7 @@ class NodeSpec(_Strict):
     max_num_batched_tokens: int | None = Field(None, ge=1, le=131072)
     """Token budget of a step; vLLM's default for online serving, 2048, where it decodes, 8192 on a prefill node."""
     max_num_seqs: int = Field(256, ge=1, le=4096)
-    block_size: int = Field(16, ge=1, le=128)
+    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 16
     kv_blocks: int | None = Field(None, ge=1)
     """KV capacity in blocks; the profile's own by default."""
     link: str | None = None
@@ -122,6 +122,8 @@ class ClusterSpec(_Strict):
             raise ValueError(f"{len(expanded)} nodes are more than the {MAX_NODES} supported")
         if not any(node.role in ("decode", "mixed") for node in expanded):
             raise ValueError("no node can decode: add one with role decode or mixed")
+        if not any(node.role in ("prefill", "mixed") for node in expanded):
+            raise ValueError("no node can prefill for others: add one with role prefill or mixed")
         for fault in self.faults:
             if fault.node >= len(expanded):
                 raise ValueError(f"fault at {fault.at_s} s names node {fault.node}, the last one is {len(expanded) - 1}")
@@ -251,7 +253,7 @@ def parse_cluster(text: str, *, profile: str | None = None, link: str | None = N
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"cluster '{text}'{': ' + where if where else ''}: {first['msg']}") from error
+        raise InputError(f"cluster '{text}'{': ' + where if where else ''}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _read_yaml(path: Path) -> object:

@@ -65,7 +65,9 @@ def rollout(
     chosen = parse_policy(policy)
     facts = spec.facts()
     slots = max(64, min(len(workload), 1024))
-    world = new_world(spec, facts, workload, seed=seed, count_from_s=warmup_s, slots=slots)
+    world = new_world(
+        spec, facts, workload, seed=seed, count_from_s=warmup_s, slots=slots, log_entries=4096 + 8 * len(workload)
+    )
     memory, answer = np.zeros(MEMORY), np.zeros(at.DECISION_LENGTH)
     rows = np.zeros((len(StateRow), facts.num_nodes))
     rows[StateRow.HEALTHY] = 1.0

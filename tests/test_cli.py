@@ -7,27 +7,41 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from deflector.cli import run
+from deflector.envs.step_time import DEFAULT_PROFILE, load_profile
+
 TINY = (
-    "evaluate --workload poisson_control --rate 2 --policies never,kairos --seeds 0-1 --duration 20 --warmup 5 "
-    "--no-decision-timing"
-).split()
+    *("evaluate", "--workload", "poisson_control", "--rate", "2", "--policies", "never,kairos", "--seeds", "0-1"),
+    *("--duration", "20", "--warmup", "5", "--no-decision-timing"),
+)
 
 
 def deflector(*arguments: str | Path, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """A process of its own."""
     command = [sys.executable, "-m", "deflector", *map(str, arguments)]
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    wide = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, env=wide)
 
 
-def refused(*arguments: str | Path) -> str:
-    """The one line on stderr of a command that has to exit with 2."""
-    result = deflector(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert re.fullmatch(r"deflector: error: [^\n]+\n", result.stderr), result.stderr
-    return result.stderr
+@pytest.fixture(name="refused")
+def refused_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that has to exit with 2, here in this process, and returns its one line on stderr."""
+
+    def refused(*arguments: str | Path) -> str:
+        assert run([str(argument) for argument in arguments]) == 2
+        complaint = capfd.readouterr().err
+        assert re.fullmatch(r"deflector: error: [^\n]+\n", complaint), complaint
+        return complaint
+
+    return refused
+
+
+Refused = Callable[..., str]
 
 
 def trace_file(folder: Path, rows: str) -> Path:
@@ -75,11 +89,11 @@ def cluster_file(folder: Path, text: str) -> Path:
         ("--plots /dev/null/x", "--plots /dev/null/x"),
     ],
 )
-def test_bad_flags_end_in_one_line(flags: str, message: str) -> None:
+def test_bad_flags_end_in_one_line(refused: Refused, flags: str, message: str) -> None:
     assert re.search(message, refused(*TINY, *flags.split()))
 
 
-def test_usage_errors_name_what_there_is() -> None:
+def test_usage_errors_name_what_there_is(refused: Refused) -> None:
     assert "available subcommands: evaluate" in refused("evalute")
     assert "Missing from deflector trace: FILE" in refused("trace")
     assert "see deflector profile --help" in refused("profile", "fits")
@@ -94,14 +108,14 @@ def test_usage_errors_name_what_there_is() -> None:
         ("", "row 1"),
     ],
 )
-def test_bad_traces_are_refused_by_row(tmp_path: Path, rows: str, message: str) -> None:
+def test_bad_traces_are_refused_by_row(refused: Refused, tmp_path: Path, rows: str, message: str) -> None:
     path = trace_file(tmp_path, rows)
     line = refused("evaluate", "--trace", path, "--warmup", "0")
     assert str(path) in line
     assert re.search(message, line)
 
 
-def test_other_bad_files_are_refused(tmp_path: Path) -> None:
+def test_other_bad_files_are_refused(refused: Refused, tmp_path: Path) -> None:
     missing = tmp_path / "missing.csv"
     missing.write_text("arrival_s,prompt_tokens\n0,1\n")
     assert "output_tokens" in refused("trace", missing)
@@ -109,25 +123,23 @@ def test_other_bad_files_are_refused(tmp_path: Path) -> None:
     noise.write_bytes(bytes(range(256)) * 20)
     assert str(noise) in refused("trace", noise)
     profile = tmp_path / "profile.json"
-    text = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from deflector.envs.step_time import *; print(load_profile(DEFAULT_PROFILE).to_json())",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    text = load_profile(DEFAULT_PROFILE).to_json()
     profile.write_text(re.sub(r'"kv_bytes_per_token": [0-9.]+', '"kv_bytes_per_token": NaN', text))
     assert "kv_bytes_per_token" in refused("profile", "show", profile)
 
 
-def test_prompts_of_a_shape_longer_than_any_kv_are_refused(tmp_path: Path) -> None:
+def test_prompts_of_a_shape_longer_than_any_kv_are_refused(refused: Refused, tmp_path: Path) -> None:
     small = cluster_file(tmp_path, "nodes: [{role: prefill}, {role: decode, kv_blocks: 100}]")
     line = refused("evaluate", "--cluster", small, "--workload", "high_prefill_low_decode", "--rate", "2")
     assert "1600 KV tokens" in line
     assert "kv_blocks" in line
+
+
+def test_bad_input_leaves_no_traceback_and_nothing_on_stdout() -> None:
+    result = deflector(*TINY, "--policies", "karios")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("deflector: error: ")
+    assert result.stderr.count("\n") == 1
 
 
 # --- Output --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -234,6 +235,8 @@ def test_an_interrupted_command_goes_on_where_it_was(
     with journal.open("a") as file:
         file.write('{"run": "half a li')
 
+    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+        thread.join()
     measured = []
     monkeypatch.setattr(runs, "measure", lambda *args, **kwargs: measured.append(1) or real(*args, **kwargs))
     resumed, _ = tables_of(settings)

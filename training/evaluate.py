@@ -45,7 +45,7 @@ def evaluate(settings: Evaluate, console: Console) -> dict[str, Any]:
     if settings.plots is not None:
         _make_folder(settings.plots)
     with Progress() as progress:
-        progress.begin("finding the saturation rates")
+        progress.begin("finding saturation rates (the first time, the simulator is compiled: about a minute)")
         plan = make_plan(settings, jobs)
         runs = plan.runs
         journal = Journal.beside(settings.json)

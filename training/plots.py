@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from deflector.training.stats import FloatArray
 # Okabe and Ito's colours, told apart by every kind of eye; policies beyond the eighth get another marker and dash.
 _COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DASHES = ("-", "--", ":", "-.")
+_DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _PARTS = (("queue", "#0072B2"), ("prefill", "#E69F00"), ("transfer", "#009E73"), ("admission", "#CC79A7"))
 _GREY = "#666666"
 _ATTAINMENT_TITLE = (
@@ -84,7 +85,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
     return figure, list(axes[:count])
 
 
-def _style(index: int) -> tuple[str, str, str]:
+def _style(index: int) -> tuple[str, str, Literal["-", "--", ":", "-."]]:
     """Colour, marker and dash of the policy at a position."""
     turn = index // len(_COLORS)
     return _COLORS[index % len(_COLORS)], _MARKERS[(index + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)]

@@ -16,9 +16,9 @@ CONTEXT_TOKENS = 1000
 
 def print_profiles(console: Console, profiles: Sequence[StepTimeProfile]) -> None:
     """Prints one line per profile."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("\nprofile", overflow="fold")
-    table.add_column("\nprovenance")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    table.add_column("\nprofile", no_wrap=True)
+    table.add_column("\nfrom")
     for head in ("KV\nk tokens", "prefill of\n2048, ms", "decode of 32\nat 1k, ms", "fit error\n%"):
         table.add_column(head, justify="right")
     for profile in profiles:
@@ -60,7 +60,7 @@ def print_profile(console: Console, profile: StepTimeProfile) -> None:
 
 
 def _print_times(console: Console, title: str, sizes: Sequence[int], times_ms: Sequence[str]) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column(title, min_width=34)
     for size in sizes:
         table.add_column(f"{size:,}", justify="right", min_width=6)

@@ -1,12 +1,12 @@
 """Who is in a node's decode batch: joining, leaving, and being thrown out or left out of a step."""
 
-from deflector.envs.cluster import NodeField
 from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.gaps import break_range
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.queues import (
     block_phases,
+    blocks_for,
     node_base,
     node_base_f,
     prepend,
@@ -18,20 +18,17 @@ from deflector.envs.simulator.queues import (
     unlink_prefill,
 )
 
-_BLOCK_SIZE = int(NodeField.BLOCK_SIZE)
-
-
 @inner
 def join_decodes(w: World, node: int, slot: int, computed: int, tokens_left: int) -> None:
     """Makes a slot one of the node's decodes from iteration ITER on; `computed` KV tokens, `tokens_left` to produce."""
     nb, sb = node_base(w.i, node), slot_base(w.i, slot)
-    size = int(w.nodes[node, _BLOCK_SIZE])
+    mask = (1 << w.i[nb + at.BLOCK_SHIFT]) - 1
     iteration = w.i[nb + at.ITER]
     w.i[sb + at.STAGE] = at.DECODING
     w.i[sb + at.OFFSET] = computed - iteration
     w.i[sb + at.FINISH_ITER] = iteration + tokens_left
     push_finish(w, node, slot)
-    w.i[block_phases(w, node) + (iteration - computed) % size] += 1
+    w.i[block_phases(w, node) + ((iteration - computed) & mask)] += 1
     w.i[tbt_classes(w, node) + w.i[sb + at.TBT_CLASS]] += 1
     w.i[nb + at.BATCH] += 1
     w.i[nb + at.COUNTED] += w.i[sb + at.IS_COUNTED]
@@ -42,10 +39,10 @@ def join_decodes(w: World, node: int, slot: int, computed: int, tokens_left: int
 def leave_decodes(w: World, node: int, slot: int) -> None:
     """Takes a decode out of the node's counts and gives back its blocks; it has left the heap already."""
     nb, sb = node_base(w.i, node), slot_base(w.i, slot)
-    size = int(w.nodes[node, _BLOCK_SIZE])
+    mask = (1 << w.i[nb + at.BLOCK_SHIFT]) - 1
     computed = w.i[sb + at.OFFSET] + w.i[nb + at.ITER]
-    w.i[nb + at.FREE_BLOCKS] += (computed + size - 1) // size
-    w.i[block_phases(w, node) + (-w.i[sb + at.OFFSET]) % size] -= 1
+    w.i[nb + at.FREE_BLOCKS] += blocks_for(w, node, computed)
+    w.i[block_phases(w, node) + ((-w.i[sb + at.OFFSET]) & mask)] -= 1
     w.i[tbt_classes(w, node) + w.i[sb + at.TBT_CLASS]] -= 1
     w.i[nb + at.BATCH] -= 1
     w.i[nb + at.COUNTED] -= w.i[sb + at.IS_COUNTED]
@@ -91,11 +88,11 @@ def starve(w: World, node: int, slot: int, now_s: float) -> None:
         break_range(w, node, slot, now_s)
         w.i[nb + at.NUM_BROKEN] += 1
     w.i[sb + at.BROKEN] = 1
-    size = int(w.nodes[node, _BLOCK_SIZE])
+    mask = (1 << w.i[nb + at.BLOCK_SHIFT]) - 1
     phases = block_phases(w, node)
     remove_finish(w, node, slot)
-    w.i[phases + (-w.i[sb + at.OFFSET]) % size] -= 1
+    w.i[phases + ((-w.i[sb + at.OFFSET]) & mask)] -= 1
     w.i[sb + at.OFFSET] -= 1
     w.i[sb + at.FINISH_ITER] += 1
-    w.i[phases + (-w.i[sb + at.OFFSET]) % size] += 1
+    w.i[phases + ((-w.i[sb + at.OFFSET]) & mask)] += 1
     push_finish(w, node, slot)

@@ -57,7 +57,7 @@ ITER, BATCH, NUM_RUNNING, NUM_PREFILLS, NUM_BROKEN, FREE_BLOCKS = range(6)
 RUN_HEAD, RUN_TAIL, WAIT_HEAD, WAIT_TAIL, READY_HEAD, READY_TAIL, PREFILL_HEAD, PREFILL_TAIL = range(6, 14)
 HEAP_LENGTH, SEGMENT, BUSY, STEPS, STEP_DECODES, IS_DIRTY, ALIVE = range(14, 21)
 PREFILL_TOKENS, COUNTED, DEFLECTED, INCOMING, INCOMING_PROMPTS, EGRESS, INGRESS = range(21, 28)
-SILENT, NEXT_REPORT, STARTED = range(28, 31)
+SILENT, NEXT_REPORT, STARTED, BLOCK_SHIFT = range(28, 32)
 NODE_I = 32
 # A node's record in f.
 STEP_START, STEP_TIME, STEP_GROWTH, KV, SLOWNESS, SENT, REPORT_DUE = range(7)
@@ -102,7 +102,14 @@ FAULT_DIE, FAULT_RETURN, FAULT_SLOW, FAULT_SILENCE, FAULT_SPEAK = range(5)
 
 
 def new_world(
-    spec: ClusterSpec, facts: ClusterFacts, workload: Workload, *, seed: int, count_from_s: float, slots: int = 256
+    spec: ClusterSpec,
+    facts: ClusterFacts,
+    workload: Workload,
+    *,
+    seed: int,
+    count_from_s: float,
+    slots: int = 256,
+    log_entries: int = 4096,
 ) -> World:
     """Builds the arrays of a run that has not begun.
 
@@ -113,6 +120,7 @@ def new_world(
         seed: Of noise and report loss.
         count_from_s: Requests that arrive earlier leave no trace in the pooled gaps between tokens.
         slots: Requests that may be alive before the arrays must grow.
+        log_entries: Length of the log before it must grow; pages of it that are never written take no memory.
     """
     num_nodes = facts.num_nodes
     leaves = 1 << max(0, num_nodes - 1).bit_length()
@@ -141,6 +149,8 @@ def new_world(
     for base in range(HEADER_I, dirty, stride):
         i[base + RUN_HEAD : base + PREFILL_TAIL + 1] = -1
         i[base + SEGMENT], i[base + ALIVE] = -1, 1
+    for n, size in enumerate(facts.nodes[:, NodeField.BLOCK_SIZE]):  # a power of two: shifts are faster than divisions
+        i[HEADER_I + n * stride + BLOCK_SHIFT] = int(size).bit_length() - 1
     i[[HEADER_I + n * stride + FREE_BLOCKS for n in range(num_nodes)]] = facts.nodes[:, NodeField.KV_BLOCKS]
 
     f = np.zeros(slots_f)
@@ -156,7 +166,7 @@ def new_world(
     requests[:, [Column.STATUS, Column.TOKENS, Column.PREEMPTIONS]] = 0
     requests[:, IN_ARRIVAL], requests[:, IN_PROMPT] = workload.arrival_s, workload.prompt_tokens
     requests[:, IN_OUTPUT], requests[:, IN_TBT_CLASS] = workload.output_tokens, tbt_class
-    return _with_slots(World(f, i, np.zeros((4096, 6)), requests, facts.nodes, facts.tables), slots)
+    return _with_slots(World(f, i, np.zeros((log_entries, 6)), requests, facts.nodes, facts.tables), slots)
 
 
 def grown(world: World, code: int) -> World:

@@ -11,7 +11,6 @@ from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import IntArray, World
 
-_BLOCK_SIZE = int(NodeField.BLOCK_SIZE)
 _MAX_SEQS = int(NodeField.MAX_SEQS)
 _SLOT_BITS = 24
 
@@ -219,7 +218,7 @@ def node_of_next_step_end(w: World) -> int:
     position = 1
     while position < leaves:
         position *= 2
-        if w.f[tree + position] != w.f[tree + position // 2]:
+        if w.f[tree + position] != w.f[tree + (position >> 1)]:
             position += 1
     return position - leaves
 
@@ -277,5 +276,5 @@ def free_slot(w: World, slot: int) -> None:
 @inner
 def blocks_for(w: World, node: int, tokens: int) -> int:
     """KV blocks that hold so many tokens on a node."""
-    size = int(w.nodes[node, _BLOCK_SIZE])
-    return (tokens + size - 1) // size
+    shift = w.i[node_base(w.i, node) + at.BLOCK_SHIFT]
+    return (tokens + (1 << shift) - 1) >> shift

@@ -31,7 +31,7 @@ from deflector.envs.simulator.timing import decode_kv_growth, step_time
 from deflector.envs.simulator.transfers import start_transfer
 from deflector.envs.state import CHUNK_CANDIDATES, ChunkRule
 
-_BLOCK_SIZE, _BUDGET, _MAX_SEQS = int(NodeField.BLOCK_SIZE), int(NodeField.MAX_BATCHED_TOKENS), int(NodeField.MAX_SEQS)
+_BUDGET, _MAX_SEQS = int(NodeField.MAX_BATCHED_TOKENS), int(NodeField.MAX_SEQS)
 _PROFILE, _NOISE, _DRIFT = int(NodeField.PROFILE), int(NodeField.NOISE_SIGMA), int(NodeField.DRIFT_PER_S)
 _RULE_NONE, _RULE_SAFE = int(ChunkRule.NONE), int(ChunkRule.LARGEST_SAFE)
 
@@ -40,10 +40,8 @@ _RULE_NONE, _RULE_SAFE = int(ChunkRule.NONE), int(ChunkRule.LARGEST_SAFE)
 def schedule(w: World, node: int, now_s: float) -> None:
     """Composes the node's next step and sets when it ends; the node has no step in progress."""
     nb, nf = node_base(w.i, node), node_base_f(node)
-    size = int(w.nodes[node, _BLOCK_SIZE])
     budget = int(w.nodes[node, _BUDGET])
-    phases = block_phases(w, node)
-    needed = w.i[phases + w.i[nb + at.ITER] % size]
+    needed = w.i[block_phases(w, node) + (w.i[nb + at.ITER] & ((1 << w.i[nb + at.BLOCK_SHIFT]) - 1))]
     walked = (
         w.i[nb + at.NUM_PREFILLS] > 0
         or w.i[nb + at.NUM_BROKEN] > 0
@@ -131,12 +129,13 @@ def cut_leap(w: World, node: int, now_s: float) -> None:
 def blocks_taken(w: World, node: int, first: int, count: int) -> int:
     """Blocks that the node's decodes take in `count` iterations from its `first` after the present one."""
     nb = node_base(w.i, node)
-    size = int(w.nodes[node, _BLOCK_SIZE])
+    shift = w.i[nb + at.BLOCK_SHIFT]
+    mask = (1 << shift) - 1
     phases = block_phases(w, node)
-    taken = w.i[nb + at.BATCH] * (count // size)
+    taken = w.i[nb + at.BATCH] * (count >> shift)
     start = w.i[nb + at.ITER] + first
-    for k in range(count % size):
-        taken += w.i[phases + (start + k) % size]
+    for k in range(count & mask):
+        taken += w.i[phases + ((start + k) & mask)]
     return taken
 
 
@@ -146,17 +145,17 @@ def _leap_length(w: World, node: int) -> int:
     nb = node_base(w.i, node)
     count = next_finish(w, node) - w.i[nb + at.ITER]
     free = w.i[nb + at.FREE_BLOCKS]
-    size = int(w.nodes[node, _BLOCK_SIZE])
-    if w.i[nb + at.BATCH] * ((count - 1) // size + 1) <= free:
+    shift = w.i[nb + at.BLOCK_SHIFT]
+    if w.i[nb + at.BATCH] * (((count - 1) >> shift) + 1) <= free:
         return count
     if blocks_taken(w, node, 1, count - 1) <= free:
         return count
     cycles = free // w.i[nb + at.BATCH]
-    count = 1 + cycles * size
+    count = 1 + (cycles << shift)
     left = free - cycles * w.i[nb + at.BATCH]
-    phases = block_phases(w, node)
-    while w.i[phases + (w.i[nb + at.ITER] + count) % size] <= left:
-        left -= w.i[phases + (w.i[nb + at.ITER] + count) % size]
+    phases, mask = block_phases(w, node), (1 << shift) - 1
+    while w.i[phases + ((w.i[nb + at.ITER] + count) & mask)] <= left:
+        left -= w.i[phases + ((w.i[nb + at.ITER] + count) & mask)]
         count += 1
     return count
 
@@ -169,7 +168,7 @@ def _walk_running(w: World, node: int, now_s: float) -> tuple[int, float, int, i
         Decodes scheduled, their KV tokens, how many of them are counted and regular, chunk tokens, q, any preempted.
     """
     nb = node_base(w.i, node)
-    size = int(w.nodes[node, _BLOCK_SIZE])
+    mask = (1 << w.i[nb + at.BLOCK_SHIFT]) - 1
     budget = int(w.nodes[node, _BUDGET])
     decodes, kv_tokens, regular, chunk_tokens, q, preempted = 0, 0.0, 0, 0, 0.0, False
     slot = w.i[nb + at.RUN_HEAD]
@@ -179,11 +178,11 @@ def _walk_running(w: World, node: int, now_s: float) -> tuple[int, float, int, i
         if decoding:
             computed = w.i[sb + at.OFFSET] + w.i[nb + at.ITER]
             tokens = 1
-            needed = 1 if computed % size == 0 else 0
+            needed = 1 if computed & mask == 0 else 0
         else:
             computed = w.i[sb + at.COMPUTED]
             tokens = _chunk_for(w, node, slot, min(w.i[sb + at.TARGET] - computed, budget), chunk_tokens, q)
-            needed = (computed + tokens + size - 1) // size - w.i[sb + at.HELD]
+            needed = blocks_for(w, node, computed + tokens) - w.i[sb + at.HELD]
         lost_itself = False
         while w.i[nb + at.FREE_BLOCKS] < needed and not lost_itself:
             lost_itself = w.i[nb + at.RUN_TAIL] == slot

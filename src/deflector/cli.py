@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    warnings.showwarning = _show_warning
+    warnings.formatwarning = _format_warning
     try:
         code = _run(arguments or ["--help"])
         sys.stdout.flush()
@@ -139,8 +139,8 @@ def _complain(text: str, kind: str = "error") -> int:
     return 2
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"deflector: warning: {message}", file=sys.stderr)
+def _format_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    return f"deflector: warning: {message}\n"
 
 
 def _forget_output_on_failure() -> None:
