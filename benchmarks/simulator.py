@@ -1,8 +1,8 @@
 """Speed of the simulator: `python benchmarks/simulator.py [--json FILE]`. One thread; medians over several rounds.
 
-The workload is that of the published comparisons: 2P2D, prompts of about 1,500 tokens, outputs of about 200, 8 requests/s.
-The larger cluster gets the same load per node. All of docs/simulator.md is switched on: blocks, preemption, budgets, shared
-links, reports every 100 ms.
+The workload is that of the published comparisons: 2P2D, prompts of about 1,500 tokens, outputs of about 200, 8
+requests/s. The larger cluster gets the same load per node. All of docs/simulator.md is switched on: blocks, preemption,
+budgets, shared links, reports every 100 ms.
 """
 
 import argparse

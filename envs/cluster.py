@@ -29,9 +29,10 @@ LINK_PRESETS: dict[str, tuple[float, float]] = {
 }
 """Name -> (GB/s per node and direction, set-up seconds).
 
-nvlink: NCCL send/recv between A100s of one DGX, 64 MB. roce: 200 Gbit/s NIC. inter-node: NCCL send/recv between two A100
-DGX, one GPU each. mis-routed: NIXL 1P1D on one host over 40,064 descriptors (vllm#34054: 173.8 ms a transfer and 129 ms to
-post it). tcp: NIXL falling back to TCP (vllm#52607). Set-up times other than the measured 129 ms are assumptions.
+nvlink: NCCL send/recv between A100s of one DGX, 64 MB. roce: 200 Gbit/s NIC. inter-node: NCCL send/recv between two
+A100 DGX, one GPU each. mis-routed: NIXL 1P1D on one host over 40,064 descriptors (vllm#34054: 173.8 ms a transfer and
+129 ms to post it). tcp: NIXL falling back to TCP (vllm#52607). Set-up times other than the measured 129 ms are
+assumptions.
 """
 
 
@@ -126,7 +127,8 @@ class ClusterSpec(_Strict):
             raise ValueError("no node can prefill for others: add one with role prefill or mixed")
         for fault in self.faults:
             if fault.node >= len(expanded):
-                raise ValueError(f"fault at {fault.at_s} s names node {fault.node}, the last one is {len(expanded) - 1}")
+                last = len(expanded) - 1
+                raise ValueError(f"fault at {fault.at_s} s names node {fault.node}, the last one is {last}")
         for node in expanded:
             link_speed(node.link or self.link)
         return self
@@ -253,7 +255,8 @@ def parse_cluster(text: str, *, profile: str | None = None, link: str | None = N
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"cluster '{text}'{': ' + where if where else ''}: {first['msg'].removeprefix('Value error, ')}") from error
+        what = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"cluster '{text}'{': ' + where if where else ''}: {what}") from error
 
 
 def _read_yaml(path: Path) -> object:

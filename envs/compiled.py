@@ -8,7 +8,9 @@ set before numba is imported; old folders are simply never read again. A NUMBA_C
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import platformdirs
 
@@ -33,11 +35,24 @@ import numba  # noqa: E402  (the cache folder must be known first)
 
 numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
 
-inner = numba.njit(_nrt=False, forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""For functions that only compiled code calls, all inlined: a call that hands on a dozen arrays costs more than most of the
-bodies. Without Numba's reference counts: they may read and write the elements of arrays, but make no array and no view."""
+if TYPE_CHECKING:
+    _Function = TypeVar("_Function", bound=Callable[..., object])
 
-entry = numba.njit(_nrt=False, error_model="numpy", cache=True, nogil=True)
-"""For the few functions that Python calls: cached on disk, and other threads run meanwhile."""
+    def inner(function: _Function) -> _Function:
+        """For functions that only compiled code calls."""
+        return function
+
+    def entry(function: _Function) -> _Function:
+        """For the few functions that Python calls."""
+        return function
+
+else:
+    # All inlined: a call that hands on a dozen arrays costs more than most bodies. Without Numba's reference counts:
+    # such functions may read and write the elements of arrays, but make no array and no view.
+    inner = numba.njit(
+        _nrt=False, forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )
+    # Cached on disk, and other threads run meanwhile.
+    entry = numba.njit(_nrt=False, error_model="numpy", cache=True, nogil=True)
 
 __all__ = ["entry", "inner"]

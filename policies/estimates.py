@@ -46,7 +46,7 @@ def own_prefill_s(q: Question, node: int) -> float:
 
 @inner
 def prefill_path_s(q: Question, node: int) -> float:
-    """TTFT by a prefill node as printed (Eq. 1-2): (S / chi) T_p(chi, S / 2) of queue, and the own prefill; no transfer."""
+    """TTFT by a prefill node as printed (Eq. 1-2): (S / chi) T_p(chi, S / 2) of queue, own prefill, no transfer."""
     chunk = min(int(q.nodes[node, BUDGET]), q.prompt_tokens)
     ahead = q.rows[AHEAD, node]
     queue_s = ahead / chunk * prefill_step_s(q, node, chunk, 0.5 * ahead) if ahead > 0 else 0.0
@@ -85,7 +85,7 @@ def mixed_step_s(q: Question, node: int, chunk_tokens: int, context_tokens: int,
 
 @inner
 def tbt_limit_s(q: Question, node: int, beta: float) -> float:
-    """beta times the strictest TBT SLO among the node's decodes; the request's own where none decodes."""
+    """The strictest TBT SLO among the node's decodes(the request's own where none decodes) times beta."""
     strictest_s = q.rows[STRICTEST_TBT, node] if q.rows[DECODES, node] > 0 else q.tbt_slo_s
     return beta * strictest_s
 

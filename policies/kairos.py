@@ -1,8 +1,9 @@
 """The paper's rule (Kairos, arXiv:2607.02043, Algorithm 1), exactly as printed.
 
-Best prefill node by Eq. 1-2; best decode node without any prefill in flight or waiting, its chunks the largest that keep
-every running decode within beta of its TBT SLO; deflect iff TTFT_dec <= alpha TTFT_pf and TTFT_dec <= the TTFT SLO. Ties
-go to the lower node id. The paper does not say where a disaggregated request decodes: here on the least loaded node.
+Best prefill node by Eq. 1-2; best decode node without any prefill in flight or waiting, its chunks the largest that
+keep every running decode within beta of its TBT SLO; deflect iff TTFT_dec <= alpha TTFT_pf and TTFT_dec <= the TTFT
+SLO. Ties go to the lower node id. The paper does not say where a disaggregated request decodes: here on the least
+loaded node.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Joint least predicted TTFT: every (prefill, decode) pair, transfer included, against every deflection.
 
-The rival that a public simulation study (BLIS) found closer to the best static plan than the paper's rule. A decode node
-that has prefills waiting may still take another: its tokens ahead are served first.
+The rival that a public simulation study (BLIS) found closer to the best static plan than the paper's rule. A decode
+node that has prefills waiting may still take another: its tokens ahead are served first.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a policy is, and the analytical ones as objects: the same compiled cores that rollouts use, behind one method."""
+"""What a policy is, and the analytical ones as objects: the compiled cores that rollouts use, behind one method."""
 
 from typing import Protocol
 

@@ -93,7 +93,7 @@ def shortest_prefill_queue(q: Question) -> int:
 
 @inner
 def answer_disaggregate(q: Question, source: int, target: int, reason: int) -> None:
-    """Sends the request to prefill at `source` and decode at `target`; if there is no source, it stays at the target."""
+    """Sends the request to prefill at `source` and decode at `target`; without such a pair it stays local."""
     if source < 0 or target < 0:
         answer_local(q)
         return

@@ -46,10 +46,18 @@ POLICIES: dict[str, PolicyInfo] = {
     "kairos": PolicyInfo(
         KAIROS, {"alpha": (1.3, 0, 1e6), "beta": (1.0, 0, 100)}, "the paper's rule, arXiv:2607.02043, Algorithm 1"
     ),
-    "least_ttft": PolicyInfo(LEAST_TTFT, {"beta": (1.0, 0, 100)}, "least predicted TTFT over all pairs and deflections"),
+    "least_ttft": PolicyInfo(
+        LEAST_TTFT, {"beta": (1.0, 0, 100)}, "least predicted TTFT over all pairs and deflections"
+    ),
     "slo_price": PolicyInfo(
         SLO_PRICE,
-        {"price": (1.0, 0, 1e6), "spread": (0.1, 1e-3, 10), "harm": (1.0, 0, 1e6), "deflect_price": (1.0, 0, 1e6)},
+        {
+            "price": (1.0, 0, 1e6),
+            "spread": (0.1, 1e-3, 10),
+            "harm": (1.0, 0, 1e6),
+            "deflect_price": (1.0, 0, 1e6),
+            "beta": (0.9, 0.01, 10),
+        },
         "least predicted SLO misses, the arriving request's and everybody else's",
     ),
 }

@@ -91,7 +91,7 @@ def time_decisions_us(
     """Measures `Policy.decide` as a router would call it, on the first decisions of a workload.
 
     Returns:
-        (decisions,) microseconds each, fewer if the workload ends before; the first call, which may compile, is left out.
+        (decisions,) microseconds each, fewer if the workload ends before; without the first call, which may compile.
     """
     backend, decider = SimulatedBackend(spec, workload, seed=seed), make_policy(policy)
     times_us: list[float] = []

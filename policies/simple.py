@@ -60,14 +60,14 @@ def _next_in_turn(q: Question, which: int, other_than: int) -> int:
 
 @inner
 def least_loaded(q: Question) -> None:
-    """Disaggregates: fewest prompt tokens ahead, then fewest sequences (production-stack's and llm-d's load scorers)."""
+    """Disaggregates: fewest prompt tokens ahead, fewest sequences (production-stack's and llm-d's load scorers)."""
     source = shortest_prefill_queue(q)
     answer_disaggregate(q, source, least_loaded_decode_node(q, source), _FIXED)
 
 
 @inner
 def prompt_threshold(q: Question) -> None:
-    """Prompts below a length stay on the decode node (llm-d's threshold on uncached tokens), in the engine's own chunks."""
+    """Prompts below a length stay on the decode node, in the engine's own chunks (llm-d: uncached tokens)."""
     source = shortest_prefill_queue(q)
     target = least_loaded_decode_node(q, source)
     if q.prompt_tokens < q.parameters[THRESHOLD_TOKENS] and target >= 0:

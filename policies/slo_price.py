@@ -10,10 +10,11 @@ recent arrival process.
 
 - P(TTFT miss): logistic in (predicted TTFT - SLO) / (spread x SLO).
 - lateness: a small slope in TTFT / SLO, so that a request already lost is still served as soon as it can be.
-- harm: resident decodes times the share of them that lose their P99 TBT. A request of a few hundred tokens loses it with
-  its second or third gap above the SLO, so two such steps count as a full loss. For a pair, the same for one more decode.
-- price: those who will queue behind the request, arriving at the recent rate until the queue has drained, each wait for
-  as long as the request occupies the node; a second of waiting is worth 1 / SLO of a miss.
+- harm: resident decodes times the share of them that lose their P99 TBT. A request of a few hundred tokens loses it
+  with its second or third gap above the SLO, so two such steps count as a full loss. For a pair, the same for one more
+  decode.
+- price: those who will queue behind the request, arriving at the recent rate until the queue has drained, each wait
+  for as long as the request occupies the node; a second of waiting is worth 1 / SLO of a miss.
 """
 
 import math
@@ -52,7 +53,7 @@ from deflector.policies.question import (
 
 _LOWEST_COST = int(Reason.LOWEST_COST)
 
-PRICE, SPREAD, HARM, DEFLECT_PRICE = 0, 1, 2, 3
+PRICE, SPREAD, HARM, DEFLECT_PRICE, BETA = 0, 1, 2, 3, 4
 LATENESS = 0.02
 STEPS_TO_LOSE_TBT = 2.0
 RATE_WINDOW_S = 10.0
@@ -87,7 +88,7 @@ def slo_price(q: Question) -> None:
         if not can_decode(q, d):
             continue
         wait_s = wait_on_decode_node_s(q, d)
-        limit_s = tbt_limit_s(q, d, 1.0)
+        limit_s = tbt_limit_s(q, d, q.parameters[BETA])
         share_rps = rate_rps / decode_nodes * q.parameters[DEFLECT_PRICE]
         for k in range(-1, len(CHUNK_CANDIDATES)):
             candidate = SAFE if k < 0 else CHUNK_CANDIDATES[k]
@@ -113,7 +114,7 @@ def slo_price(q: Question) -> None:
     else:
         answer_deflect(q, target, _LOWEST_COST)
         if cap == SAFE:
-            use_largest_safe(q, tbt_limit_s(q, target, 1.0))
+            use_largest_safe(q, tbt_limit_s(q, target, q.parameters[BETA]))
         else:
             use_cap(q, cap)
 
@@ -145,7 +146,8 @@ def _join_harm(q: Question, node: int) -> float:
     """Resident decodes that one more sequence would push over their TBT SLO; 1 if the KV is full besides."""
     others = int(q.rows[DECODES, node] + q.rows[INCOMING, node])
     limit_s = tbt_limit_s(q, node, 1.0)
-    step_s = mixed_step_s(q, node, 0, q.prompt_tokens + int(q.rows[INCOMING_TOKENS, node]), 1 + int(q.rows[INCOMING, node]))
+    tokens = q.prompt_tokens + int(q.rows[INCOMING_TOKENS, node])
+    step_s = mixed_step_s(q, node, 0, tokens, 1 + int(q.rows[INCOMING, node]))
     over = min(max((step_s / limit_s - 0.9) / 0.1, 0.0), 1.0)
     capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
     full = q.rows[KV_USED, node] + q.rows[INCOMING_TOKENS, node] + q.prompt_tokens > capacity

@@ -97,6 +97,7 @@ def test_usage_errors_name_what_there_is(refused: Refused) -> None:
     assert "available subcommands: evaluate" in refused("evalute")
     assert "Missing from deflector trace: FILE" in refused("trace")
     assert "see deflector profile --help" in refused("profile", "fits")
+    assert "one of .png, .svg, .pdf" in refused("trace", "nix.csv", "--plot", "nix.xyz")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from random_cases import Case, random_case
+from reference_simulator import ReferenceSimulator
+
 from deflector.envs.backend import SimulatedBackend
 from deflector.envs.cluster import NodeField
 from deflector.envs.outcome import Column, Status
 from deflector.envs.simulator import layout as at
-from random_cases import Case, random_case
-from reference_simulator import ReferenceSimulator
 
 CASES_PER_TEST = 50
 

@@ -77,7 +77,8 @@ class Evaluate(World):
     decision_timing: bool = True
     """Measure the time that a decision takes."""
     json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """Write every figure here. A run that is killed goes on where it was when the same command is given again."""
+    """Write every figure here; null stands for an infinite one, or none. A command that is killed goes on where it was
+    when it is given again."""
     plots: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """Write pictures (PNG) into this folder."""
     jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint=default("all cores"))] = None

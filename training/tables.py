@@ -197,8 +197,8 @@ def _legend(plan: Plan) -> Iterable[str]:
     same = [cell.workload for cell in plan.cells if seeds_change_nothing(cell.source)]
     if same and len(plan.seeds) > 1:
         yield (
-            f"Every seed has the same requests in {', '.join(dict.fromkeys(same))}: intervals there tell nothing of "
-            "other days' traffic."
+            f"Every seed has the same requests in {', '.join(dict.fromkeys(same))}: where nothing else is "
+            "random, there are no intervals."
         )
     yield from dict.fromkeys(note for cell in plan.cells for note in cell.source.notes)
     if len(plan.cells) > 1:

@@ -18,6 +18,7 @@ from deflector.envs.simulator.queues import (
     unlink_prefill,
 )
 
+
 @inner
 def join_decodes(w: World, node: int, slot: int, computed: int, tokens_left: int) -> None:
     """Makes a slot one of the node's decodes from iteration ITER on; `computed` KV tokens, `tokens_left` to produce."""

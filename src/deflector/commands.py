@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
+from deflector.envs.errors import InputError
 from deflector.training.settings import Evaluate, Saturation
 
 # Everything else is imported where it is used: `deflector --help` shall not wait for NumPy, let alone for Numba.
+
+PICTURES = (".png", ".svg", ".pdf")
 
 FileFlag = Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")]
 
@@ -157,6 +160,8 @@ def run_trace(flags: Trace, console: Console) -> None:
     from deflector.envs.trace_summary import summarise
     from deflector.training.trace_report import print_summary
 
+    if flags.plot is not None and Path(flags.plot).suffix not in PICTURES:
+        raise InputError(f"--plot {flags.plot}: name a file that ends in one of {', '.join(PICTURES)}")
     workload = read_trace(flags.file, seed=flags.seed)
     summary = summarise(workload)
     print_summary(console, flags.file, summary)
