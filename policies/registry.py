@@ -52,10 +52,8 @@ POLICIES: dict[str, PolicyInfo] = {
     "slo_price": PolicyInfo(
         SLO_PRICE,
         {
-            "price": (1.0, 0, 1e6),
-            "spread": (0.1, 1e-3, 10),
-            "harm": (1.0, 0, 1e6),
-            "deflect_price": (1.0, 0, 1e6),
+            "price": (0.8, 0, 1e6),
+            "spread": (0.15, 1e-3, 10),
             "beta": (0.9, 0.01, 10),
         },
         "least predicted SLO misses, the arriving request's and everybody else's",

@@ -104,7 +104,7 @@ def cell_rows(plan: Plan, results: Results, cell: Cell) -> list[CellRow]:
 
 def _all_the_same(runs: Sequence[RunMetrics]) -> bool:
     """Whether several seeds made no difference, as for a trace without jitter under a policy without chance."""
-    return len({run.ttft_quantiles_s for run in runs}) == 1
+    return len({(run.slo_attainment, run.ttft_quantiles_s) for run in runs}) == 1
 
 
 def policy_summaries(plan: Plan, results: Results) -> list[PolicySummary]:
