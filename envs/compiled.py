@@ -19,7 +19,8 @@ import deflector
 COMPILED_FOLDERS = ("envs", "envs/simulator", "policies")
 
 
-def _source_hash() -> str:
+def source_hash() -> str:
+    """Sixteen hex digits that change with everything that compiled code is made from."""
     digest = hashlib.sha256(f"{deflector.__version__} {sys.version_info[:2]}".encode())
     root = Path(__file__).resolve().parent.parent
     for folder in COMPILED_FOLDERS:
@@ -29,7 +30,7 @@ def _source_hash() -> str:
 
 
 if not os.environ.get("NUMBA_CACHE_DIR"):
-    os.environ["NUMBA_CACHE_DIR"] = str(Path(platformdirs.user_cache_dir("deflector")) / f"kernel-{_source_hash()}")
+    os.environ["NUMBA_CACHE_DIR"] = str(Path(platformdirs.user_cache_dir("deflector")) / f"kernel-{source_hash()}")
 
 import numba  # noqa: E402  (the cache folder must be known first)
 
@@ -55,4 +56,4 @@ else:
     # Cached on disk, and other threads run meanwhile.
     entry = numba.njit(_nrt=False, error_model="numpy", cache=True, nogil=True)
 
-__all__ = ["entry", "inner"]
+__all__ = ["entry", "inner", "source_hash"]

@@ -117,8 +117,8 @@ def test_a_run_without_counted_requests_is_refused() -> None:
         measure(FakeRollout(outcomes([finished(1, 1, 1)], [1.0])), warmup_s=5, end_s=15)  # type: ignore[arg-type]
 
 
-def test_report_holds_every_run_and_no_nan() -> None:
-    report, _ = tables_of(TINY)
+def test_report_holds_every_run_and_no_nan(tmp_path: Path) -> None:
+    report, _ = tables_of(replace(TINY, json=str(tmp_path / "out.json")))
     assert report["schema"] == 1
     assert len(report["cells"]) == 2 * 2 * 3
     assert {(c["rate_rps"], c["policy"], c["seed"]) for c in report["cells"]} == {

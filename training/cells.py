@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField
-from deflector.envs.compiled import _source_hash as source_hash
+from deflector.envs.compiled import source_hash as source_hash
 from deflector.envs.errors import InputError
 from deflector.envs.slo import SloSpec, attach_slo
 from deflector.envs.workload import Workload
@@ -176,8 +176,11 @@ def _cells(sites: Sequence[Site], settings: Evaluate, jobs: int) -> tuple[Cell, 
     if settings.load is None and settings.trace:
         return tuple(_cell(site, None, site.source.own_rate_rps or 0.0) for site in sites)
     loads = read_numbers(settings.load or DEFAULT_LOAD, "--load")
-    with ThreadPoolExecutor(jobs) as threads:
+    threads = ThreadPoolExecutor(jobs)
+    try:
         limits_rps = list(threads.map(lambda site: saturation_rps(site.spec, site.source), sites))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for searches under way.
     return tuple(
         _cell(site, load, load * limit_rps) for site, limit_rps in zip(sites, limits_rps, strict=True) for load in loads
     )

@@ -27,7 +27,7 @@ DecisionTimes = dict[tuple[str, str], tuple[float, float]]
 def evaluate(settings: Evaluate, console: Console) -> dict[str, Any]:
     """Runs an evaluation: prints its tables, writes its files.
 
-    A run that is stopped half-way prints what there is, unless a journal beside `--json` keeps it.
+    One that is stopped half-way prints what there is, and keeps it in a journal beside `--json`.
 
     Args:
         settings: The flags.
@@ -44,49 +44,57 @@ def evaluate(settings: Evaluate, console: Console) -> dict[str, Any]:
     jobs = _jobs(settings.jobs)
     if settings.plots is not None:
         _make_folder(settings.plots)
-    with Progress() as progress:
-        progress.begin("finding saturation rates (the first time, the simulator is compiled: about a minute)")
-        plan = make_plan(settings, jobs)
-        runs = plan.runs
-        journal = Journal.beside(settings.json)
-        journal_keys = _journal_keys(plan)
-        results = _earlier(journal, journal_keys)
-        left = [run for run in runs if run.key not in results]
-        written = False
-
-        def keep(run: Run, metrics: RunMetrics) -> None:
-            results[run.key] = metrics
-            journal.append(journal_keys[run.key], metrics.as_json())
-
-        try:
-            progress.begin("simulating", total=len(runs), done=len(runs) - len(left))
-            run_all(plan, left, jobs, keep, progress.advance)
+    journal = Journal.beside(settings.json)
+    written = False
+    try:
+        with Progress() as progress:
+            progress.begin("finding saturation rates (the first time, the simulator is compiled: about a minute)")
+            plan = make_plan(settings, jobs)
+            results = _simulate(plan, journal, jobs, progress, console)
+            print_tables(console, plan, results)
             times: DecisionTimes = {}
-            if settings.decision_timing:
+            if settings.decision_timing and settings.json is not None:
                 progress.begin("timing decisions", total=len(plan.cells) * len(plan.policies))
                 times = time_policies(plan, progress.advance)
-            progress.end()
-            report = _report(settings, plan, results, times, time.monotonic() - start_s)
-            print_tables(console, plan, results)
-            if settings.json is not None:
-                write_json(settings.json, report)
-                written = True
-                console.print(f"Figures: {settings.json}", highlight=False)
-        except (KeyboardInterrupt, InputError, OSError):
-            progress.end()
-            if len(results) < len(runs) and results:
-                console.print(f"Stopped after {len(results)} of {len(runs)} runs:", style="bold")
-                print_tables(console, plan, results)
-            raise
-        finally:
-            journal.close(done=written)
+        report = _report(settings, plan, results, times, time.monotonic() - start_s)
+        if settings.json is not None:
+            write_json(settings.json, report)
+            written = True
+            console.print(f"Figures: {settings.json}", highlight=False, soft_wrap=True)
+    finally:
+        journal.close(done=written)
     if settings.plots is not None:
         # Only here: matplotlib takes its time to import.
         from deflector.training.plots import write_plots
 
         for path in write_plots(plan, results, Path(settings.plots)):
-            console.print(f"Picture: {path}", highlight=False)
+            console.print(f"Picture: {path}", highlight=False, soft_wrap=True)
     return report
+
+
+def _simulate(plan: Plan, journal: Journal, jobs: int, progress: Progress, console: Console) -> dict[str, RunMetrics]:
+    """Does the runs that the journal does not hold; prints what there is if it has to stop."""
+    runs = plan.runs
+    journal_keys = _journal_keys(plan)
+    results = _earlier(journal, journal_keys)
+    left = [run for run in runs if run.key not in results]
+
+    def keep(run: Run, metrics: RunMetrics) -> None:
+        results[run.key] = metrics
+        journal.append(journal_keys[run.key], metrics.as_json())
+
+    progress.begin("simulating", total=len(runs), done=len(runs) - len(left))
+    try:
+        run_all(plan, left, jobs, keep, progress.advance)
+    except (KeyboardInterrupt, InputError, OSError):
+        progress.end()
+        if results:
+            kept = f", kept in {journal.path}: the same command goes on from there" if journal.path else ""
+            console.print(f"Stopped after {len(results)} of {len(runs)} runs{kept}", style="bold", soft_wrap=True)
+            print_tables(console, plan, results)
+        raise
+    progress.end()
+    return results
 
 
 def _jobs(wanted: int | None) -> int:

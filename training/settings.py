@@ -75,7 +75,7 @@ class Evaluate(World):
     ] = None
     """Time between a node's load reports; 0 gives the router exact knowledge."""
     decision_timing: bool = True
-    """Measure the time that a decision takes."""
+    """Measure the time that a decision takes, for --json."""
     json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write every figure here; null stands for an infinite one, or none. A command that is killed goes on where it was
     when it is given again."""
