@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField
-from deflector.envs.compiled import source_hash as source_hash
+from deflector.envs.compiled import source_hash
 from deflector.envs.errors import InputError
 from deflector.envs.slo import SloSpec, attach_slo
 from deflector.envs.workload import Workload

@@ -19,7 +19,7 @@ import numpy as np
 import platformdirs
 
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField
-from deflector.envs.compiled import source_hash as source_hash
+from deflector.envs.compiled import source_hash
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Column, Outcomes, Status
 from deflector.envs.workload import FloatArray, IntArray, Workload
