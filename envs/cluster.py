@@ -123,8 +123,6 @@ class ClusterSpec(_Strict):
             raise ValueError(f"{len(expanded)} nodes are more than the {MAX_NODES} supported")
         if not any(node.role in ("decode", "mixed") for node in expanded):
             raise ValueError("no node can decode: add one with role decode or mixed")
-        if not any(node.role in ("prefill", "mixed") for node in expanded):
-            raise ValueError("no node can prefill for others: add one with role prefill or mixed")
         for fault in self.faults:
             if fault.node >= len(expanded):
                 last = len(expanded) - 1
@@ -251,12 +249,15 @@ def parse_cluster(text: str, *, profile: str | None = None, link: str | None = N
         if profile is not None and isinstance(raw.get("nodes"), Sequence):
             raw["nodes"] = [{"profile": profile, **node} if isinstance(node, dict) else node for node in raw["nodes"]]
     try:
-        return ClusterSpec.model_validate(raw)
+        spec = ClusterSpec.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
         raise InputError(f"cluster '{text}'{': ' + where if where else ''}: {what}") from error
+    if not any(node.role in ("prefill", "mixed") for node in spec.nodes):
+        raise InputError(f"cluster '{text}': no node can prefill for others: add one with role prefill or mixed")
+    return spec
 
 
 def _read_yaml(path: Path) -> object:

@@ -19,7 +19,7 @@ class PolicyInfo:
         number: What compiled code knows it by (`decide.decide`).
         parameters: Name -> (default, smallest, largest), in the order in which the core reads them.
         summary: One line.
-        looks: Whether it reads the cluster's state at all.
+        looks: Whether it reads more of the cluster's state than which nodes are up.
     """
 
     number: int

@@ -15,7 +15,7 @@ from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.events import advance
 from deflector.envs.simulator.gaps import gap_percentile
 from deflector.envs.simulator.layout import FloatArray, World, grown, new_world
-from deflector.envs.simulator.reports import observe
+from deflector.envs.simulator.reports import observe, observe_health
 from deflector.envs.simulator.routing import apply_decision
 from deflector.envs.state import StateRow
 from deflector.envs.workload import Workload
@@ -70,7 +70,6 @@ def rollout(
     )
     memory, answer = np.zeros(MEMORY), np.zeros(at.DECISION_LENGTH)
     rows = np.zeros((len(StateRow), facts.num_nodes))
-    rows[StateRow.HEALTHY] = 1.0
     while True:
         code = _play(
             world, chosen.info.number, chosen.info.looks, chosen.vector,
@@ -121,6 +120,8 @@ def _play(
             return code
         if looks:
             observe(w, rows)
+        else:
+            observe_health(w, rows)
         slot = w.i[at.H_SLOT0_I] + w.i[at.H_CURRENT] * at.SLOT_I
         request = w.i[slot + at.REQUEST]
         answer[at.D_TTFT_PREFILL] = answer[at.D_TTFT_DECODE] = np.nan

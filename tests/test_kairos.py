@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path as FilePath
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from deflector.policies.policy import make_policy
 
 STATES_PER_CLUSTER = 5000
 SETTINGS = ((1.3, 1.0), (1.0, 0.5), (2.0, 0.8), (1.0, 1.0), (0.9, 1.5))
+Role = Literal["prefill", "decode", "mixed"]
 NOBODY = Decision(Path.REJECT, -1, -1, Reason.NO_DECODE_NODE)
 
 
@@ -145,7 +147,8 @@ def random_cluster(seed: int) -> ClusterSpec:
     """1P1D to 4P4D with any built-in profiles; from 16 on, with mixed nodes besides."""
     rng = np.random.default_rng([seed, 0])
     profiles = [*profile_names(), "a100-llama-3.1-8b:slope=2.5", "a100-deepseek-v2-lite:scale=0.5"]
-    roles = ["prefill"] * (1 + seed % 4) + ["decode"] * (1 + seed // 4 % 4) + ["mixed"] * (seed // 16)
+    counts: dict[Role, int] = {"prefill": 1 + seed % 4, "decode": 1 + seed // 4 % 4, "mixed": seed // 16}
+    roles = [role for role, count in counts.items() for _ in range(count)]
     budgets = {"prefill": [512, 2048, 8192, 8192], "decode": [200, 700, 2048, 2048], "mixed": [1024, 4096]}
     alike = rng.random() < 0.3
     nodes = [

@@ -68,6 +68,13 @@ def _look(w: World, node: int, time_s: float) -> None:
 
 
 @inner
+def observe_health(w: World, rows: at.FloatArray) -> None:
+    """Fills only the row that tells which nodes are up: enough for a policy that does not look at load."""
+    for node in range(w.i[at.H_NUM_NODES]):
+        rows[_HEALTHY, node] = w.i[node_base(w.i, node) + at.ALIVE]
+
+
+@inner
 def observe(w: World, rows: at.FloatArray) -> None:
     """Fills `ClusterState.rows` with what the router knows now: reports, and its own book of what it has sent."""
     now_s = w.f[at.G_NOW]
