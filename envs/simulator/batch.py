@@ -32,6 +32,7 @@ def join_decodes(w: World, node: int, slot: int, computed: int, tokens_left: int
     w.i[block_phases(w, node) + ((iteration - computed) & mask)] += 1
     w.i[tbt_classes(w, node) + w.i[sb + at.TBT_CLASS]] += 1
     w.i[nb + at.BATCH] += 1
+    w.i[nb + at.SEGMENT_OPEN] = 0
     w.i[nb + at.COUNTED] += w.i[sb + at.IS_COUNTED]
     w.f[node_base_f(node) + at.KV] += computed
 
@@ -46,6 +47,7 @@ def leave_decodes(w: World, node: int, slot: int) -> None:
     w.i[block_phases(w, node) + ((-w.i[sb + at.OFFSET]) & mask)] -= 1
     w.i[tbt_classes(w, node) + w.i[sb + at.TBT_CLASS]] -= 1
     w.i[nb + at.BATCH] -= 1
+    w.i[nb + at.SEGMENT_OPEN] = 0
     w.i[nb + at.COUNTED] -= w.i[sb + at.IS_COUNTED]
     w.f[node_base_f(node) + at.KV] -= computed
 

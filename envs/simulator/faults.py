@@ -7,6 +7,7 @@ from deflector.envs.compiled import inner
 from deflector.envs.outcome import Status
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.batch import leave_decodes
+from deflector.envs.simulator.gaps import set_iterations
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.lifecycle import close, drop
 from deflector.envs.simulator.queues import (
@@ -36,6 +37,7 @@ def apply_fault(w: World, node: int, kind: int, slowness: float, now_s: float) -
         w.i[nb + at.ALIVE] = 1
     elif kind == at.FAULT_SLOW:
         w.f[nf + at.SLOWNESS] = slowness
+        w.i[nb + at.SEGMENT_OPEN] = 0
         if w.i[nb + at.BUSY]:
             cut_leap(w, node, now_s)
     elif kind == at.FAULT_SILENCE:
@@ -72,7 +74,7 @@ def _abandon_step(w: World, node: int, now_s: float) -> None:
     nb, nf = node_base(w.i, node), node_base_f(node)
     steps = min(steps_ended(w, node, now_s), w.i[nb + at.STEPS])
     if w.i[nb + at.STEP_DECODES] > 0:
-        w.log[w.i[nb + at.SEGMENT], at.LOG_ITERATIONS] = steps
+        set_iterations(w, node, steps)
     if steps == 0:
         _unmark_first_tokens(w, node)
     w.f[nf + at.KV] += steps * w.i[nb + at.STEP_DECODES]

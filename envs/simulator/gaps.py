@@ -28,7 +28,23 @@ def add_segment(
     w.log[entry, at.LOG_ITERATIONS] = iterations
     w.log[entry, at.LOG_PREV] = w.i[nb + at.SEGMENT]
     w.log[entry, at.LOG_FIRST_WEIGHT], w.log[entry, at.LOG_WEIGHT] = first_weight, weight
-    w.i[nb + at.SEGMENT] = entry
+    w.i[nb + at.SEGMENT], w.i[nb + at.SEGMENT_BASE] = entry, 0
+
+
+@inner
+def extend_segment(w: World, node: int, iterations: int) -> None:
+    """Goes on with the node's last segment: a leap with the same batch follows it, so its gaps just go on growing."""
+    nb = node_base(w.i, node)
+    segment = w.i[nb + at.SEGMENT]
+    w.i[nb + at.SEGMENT_BASE] = int(w.log[segment, at.LOG_ITERATIONS])
+    w.log[segment, at.LOG_ITERATIONS] += iterations
+
+
+@inner
+def set_iterations(w: World, node: int, iterations: int) -> None:
+    """Corrects how many iterations the leap in progress adds to the node's last segment."""
+    nb = node_base(w.i, node)
+    w.log[w.i[nb + at.SEGMENT], at.LOG_ITERATIONS] = w.i[nb + at.SEGMENT_BASE] + iterations
 
 
 @inner

@@ -10,7 +10,7 @@ from deflector.envs.cluster import NodeField
 from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.batch import join_decodes, preempt, starve
-from deflector.envs.simulator.gaps import add_segment, begin_range
+from deflector.envs.simulator.gaps import add_segment, begin_range, extend_segment, set_iterations
 from deflector.envs.simulator.hashing import step_noise
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.queues import (
@@ -74,13 +74,17 @@ def schedule(w: World, node: int, now_s: float) -> None:
     profile = int(w.nodes[node, _PROFILE])
     step_s = factor * step_time(w.tables, profile, chunk_tokens, q, decodes, kv_tokens)
     count, growth_s = 1, 0.0
-    if chunk_tokens == 0 and not walked and noise == 0 and drift == 0:
+    leaps = chunk_tokens == 0 and not walked and noise == 0 and drift == 0
+    if leaps:
         count = _leap_length(w, node)
         growth_s = factor * decode_kv_growth(w.tables, profile, decodes)
     w.f[nf + at.STEP_START], w.f[nf + at.STEP_TIME], w.f[nf + at.STEP_GROWTH] = now_s, step_s, growth_s
     w.i[nb + at.BUSY], w.i[nb + at.STEPS], w.i[nb + at.STEP_DECODES] = 1, count, decodes
-    if decodes > 0:
+    if leaps and joined == 0 and w.i[nb + at.SEGMENT_OPEN]:
+        extend_segment(w, node, count)
+    elif decodes > 0:
         add_segment(w, node, count, step_s, growth_s, regular, w.i[nb + at.COUNTED])
+        w.i[nb + at.SEGMENT_OPEN] = leaps
         if joined > 0:
             _mark_first_tokens(w, node, now_s + step_s)
         if w.i[nb + at.NUM_BROKEN] > 0:
@@ -121,7 +125,7 @@ def cut_leap(w: World, node: int, now_s: float) -> None:
         steps += 1
     if steps < w.i[nb + at.STEPS]:
         w.i[nb + at.STEPS] = steps
-        w.log[w.i[nb + at.SEGMENT], at.LOG_ITERATIONS] = steps
+        set_iterations(w, node, steps)
         set_step_end(w, node, step_end(w, node, steps))
 
 
