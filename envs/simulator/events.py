@@ -27,7 +27,7 @@ def advance(w: World) -> int:
         DECIDE, with the request's slot in `i[H_CURRENT]` and the time in `f[G_NOW]`; DONE when everything is over;
         GROW_SLOTS or GROW_LOG when the arrays are too small to go on: call again with `grown` arrays.
     """
-    log_margin = 2 * w.i[at.H_NODE_STRIDE] + 8
+    log_margin = 2 * w.i[at.H_NODE_STRIDE] + 2 * at.LOG_CHUNK
     while True:
         now_s = w.f[at.G_NOW]
         step_s, transfer_s = next_step_end(w), w.f[at.G_NEXT_TRANSFER]

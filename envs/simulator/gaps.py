@@ -17,16 +17,28 @@ _MEAN, _P99, _MAX = int(Column.TBT_MEAN_S), int(Column.TBT_P99_S), int(Column.TB
 
 
 @inner
+def _new_entry(w: World, node: int) -> int:
+    """The next free entry of the node's chunk, or the first of a new one."""
+    nb = node_base(w.i, node)
+    entry = w.i[nb + at.NEXT_ENTRY]
+    if entry & (at.LOG_CHUNK - 1) == 0:
+        before = entry - 1
+        entry = w.i[at.H_LOG_LENGTH]
+        w.i[at.H_LOG_LENGTH] = entry + at.LOG_CHUNK
+        w.log[entry, at.LOG_LINK] = before
+    w.i[nb + at.NEXT_ENTRY] = entry + 1
+    return entry
+
+
+@inner
 def add_segment(
     w: World, node: int, iterations: int, first_gap_s: float, growth_s: float, first_weight: int, weight: int
 ) -> None:
-    """Appends the stretch that begins now to the node's chain."""
+    """Appends the stretch that begins now."""
     nb = node_base(w.i, node)
-    entry = w.i[at.H_LOG_LENGTH]
-    w.i[at.H_LOG_LENGTH] = entry + 1
+    entry = _new_entry(w, node)
     w.log[entry, at.LOG_GAP], w.log[entry, at.LOG_GROWTH] = first_gap_s, growth_s
     w.log[entry, at.LOG_ITERATIONS] = iterations
-    w.log[entry, at.LOG_PREV] = w.i[nb + at.SEGMENT]
     w.log[entry, at.LOG_FIRST_WEIGHT], w.log[entry, at.LOG_WEIGHT] = first_weight, weight
     w.i[nb + at.SEGMENT], w.i[nb + at.SEGMENT_BASE] = entry, 0
 
@@ -51,13 +63,12 @@ def set_iterations(w: World, node: int, iterations: int) -> None:
 def break_range(w: World, node: int, slot: int, last_token_s: float) -> None:
     """Ends a request's regular range at the node's last segment: its next gap is irregular."""
     sb = slot_base(w.i, slot)
-    entry = w.i[at.H_LOG_LENGTH]
-    w.i[at.H_LOG_LENGTH] = entry + 1
+    entry = _new_entry(w, node)
     w.log[entry, at.LOG_GAP], w.log[entry, at.LOG_GROWTH] = np.nan, 0.0
     w.log[entry, at.LOG_ITERATIONS] = -1 - w.i[sb + at.RANGE_SKIP]
-    w.log[entry, at.LOG_PREV] = w.i[sb + at.BREAK]
     w.log[entry, at.LOG_FIRST_WEIGHT] = w.i[sb + at.RANGE_STOP]
     w.log[entry, at.LOG_WEIGHT] = w.i[node_base(w.i, node) + at.SEGMENT]
+    w.log[entry, at.LOG_BREAK] = w.i[sb + at.BREAK]
     w.i[sb + at.BREAK] = entry
     w.f[slot_base_f(w.i, slot) + at.LAST_TOKEN] = last_token_s
 
@@ -90,20 +101,26 @@ def _keep(w: World, kept: int, most: int, gap_s: float) -> int:
 
 
 @inner
-def _keep_range(w: World, kept: int, most: int, stop: int, skip: int, last: int) -> int:
+def _keep_segment(w: World, kept: int, most: int, segment: int, first: int) -> int:
+    """Keeps the largest gaps of a segment's iterations from the `first` on."""
+    gap_s, growth_s = w.log[segment, at.LOG_GAP], w.log[segment, at.LOG_GROWTH]
+    k = w.log[segment, at.LOG_ITERATIONS] - 1
     top = w.i[at.H_TOP]
+    while k >= first and (kept < most or gap_s + growth_s * k > w.f[top + kept - 1]):
+        kept = _keep(w, kept, most, gap_s + growth_s * k)
+        k -= 1
+    return kept
+
+
+@inner
+def _keep_range(w: World, kept: int, most: int, stop: int, skip: int, last: int) -> int:
+    """Keeps the largest gaps of the segments after `stop`; with `skip`, also those of `stop` but for its first."""
     segment = last
     while segment != stop:
-        previous = int(w.log[segment, at.LOG_PREV])
-        first = 1 if skip and previous == stop else 0
-        k = int(w.log[segment, at.LOG_ITERATIONS]) - 1
-        while k >= first:
-            gap_s = w.log[segment, at.LOG_GAP] + w.log[segment, at.LOG_GROWTH] * k
-            if kept == most and gap_s <= w.f[top + kept - 1]:
-                break
-            kept = _keep(w, kept, most, gap_s)
-            k -= 1
-        segment = previous
+        kept = _keep_segment(w, kept, most, segment, 0)
+        segment = segment - 1 if segment & (at.LOG_CHUNK - 1) else int(w.log[segment, at.LOG_LINK])
+    if skip:
+        kept = _keep_segment(w, kept, most, stop, 1)
     return kept
 
 
@@ -129,7 +146,7 @@ def write_gaps(w: World, node: int, slot: int, now_s: float) -> None:
         skip = -1 - int(w.log[entry, at.LOG_ITERATIONS])
         stop, last = int(w.log[entry, at.LOG_FIRST_WEIGHT]), int(w.log[entry, at.LOG_WEIGHT])
         kept = _keep_range(w, kept, most, stop, skip, last)
-        entry = int(w.log[entry, at.LOG_PREV])
+        entry = int(w.log[entry, at.LOG_BREAK])
     low = w.f[top + most - 1]
     high = w.f[top + most - 2] if most > 1 else low
     w.requests[request, _MEAN] = (now_s - w.f[slot_base_f(w.i, slot) + at.FIRST_TOKEN]) / gaps

@@ -26,7 +26,7 @@ class World(NamedTuple):
     Attributes:
         f: Float state.
         i: Integer state.
-        log: (capacity, 6) float64, see `LOG_*`.
+        log: (capacity, LOG_WIDTH) float64, see `LOG_*`.
         requests: (num_requests, NUM_COLUMNS + 4) float64: the outcome table, then the workload's columns `IN_*`.
         nodes: `ClusterFacts.nodes`.
         tables: `ClusterFacts.tables`.
@@ -58,8 +58,8 @@ RUN_HEAD, RUN_TAIL, WAIT_HEAD, WAIT_TAIL, READY_HEAD, READY_TAIL, PREFILL_HEAD, 
 HEAP_LENGTH, SEGMENT, BUSY, STEPS, STEP_DECODES, IS_DIRTY, ALIVE = range(14, 21)
 PREFILL_TOKENS, COUNTED, DEFLECTED, INCOMING, INCOMING_PROMPTS, EGRESS, INGRESS = range(21, 28)
 SILENT, NEXT_REPORT, STARTED, BLOCK_SHIFT = range(28, 32)
-SEGMENT_OPEN, SEGMENT_BASE = range(32, 34)
-NODE_I = 34
+SEGMENT_OPEN, SEGMENT_BASE, NEXT_ENTRY = range(32, 35)
+NODE_I = 36
 # A node's record in f.
 STEP_START, STEP_TIME, STEP_GROWTH, KV, SLOWNESS, SENT, REPORT_DUE = range(7)
 SEEN_AT, SEEN_PREFILL, SEEN_BATCH, SEEN_KV, SEEN_USED, SEEN_TBT = range(7, 13)
@@ -69,10 +69,11 @@ NODE_F = 16
 REQUEST, STAGE, NODE, PROMPT, OUTPUT, GENERATED, COMPUTED, TARGET, HELD, CHUNK = range(10)
 OFFSET, FINISH_ITER, ADMIT_ITER, TBT_CLASS, IS_COUNTED, NUM_PREEMPTIONS = range(10, 16)
 PATH, REASON, PREFILL_NODE, DECODE_NODE, HANDED, RULE, RUN_INDEX, RUN_STEPS = range(16, 24)
-NEXT, PREV, PREFILL_NEXT, PREFILL_PREV, TRANSFER, ON_WIRE = range(24, 30)
-RANGE_STOP, RANGE_SKIP, BREAK, BROKEN = range(30, 34)
-RUNS = 34  # 8 pairs (tokens, steps)
-SLOT_I = 52
+NEXT, PREV, PREFILL_NEXT, PREFILL_PREV, ON_WIRE = range(24, 29)
+RANGE_STOP, RANGE_SKIP, BREAK, BROKEN = range(29, 33)
+RUNS = 33  # 8 pairs (tokens, steps)
+TRANSFER = 49  # the last: not the slot's own, but an entry of the list of all transfers
+SLOT_I = 50
 # A slot's record in f.
 ARRIVED, TBT_BUDGET, FIRST_CHUNK, PREFILL_END, FIRST_TOKEN, LAST_TOKEN = range(6)
 TRANSFER_START, TRANSFER_END, TRANSFER_DUE, TRANSFER_LEFT, TRANSFER_RATE, TRANSFER_SEEN = range(6, 12)
@@ -81,11 +82,13 @@ SLOT_F = 12
 # Stages of a request.
 FREE, UNDECIDED, WAITING, PREFILLING, HANDOFF, PULLING, READY, DECODING = range(8)
 
-# Columns of the log, of a segment (of a break): first gap (the irregular gap), its growth per iteration (1 if counted),
-# iterations (-1, or -2 where the range it ends begins with a first token), the node's segment before it (the request's
-# break before it), and the counted requests whose gap the first and the later iterations are (the segments between
-# which the range lies).
-LOG_GAP, LOG_GROWTH, LOG_ITERATIONS, LOG_PREV, LOG_FIRST_WEIGHT, LOG_WEIGHT = range(6)
+# The log is cut into chunks of LOG_CHUNK entries, each chunk one node's: a node's entries lie side by side.
+# Columns, of a segment (of a break): first gap (the irregular gap), its growth per iteration (1 if counted), iterations
+# (-1, or -2 where the range it ends begins with a first token), and the counted requests whose gap the first and the
+# later iterations are (the segments between which the range lies). The first entry of a chunk links to the node's entry
+# before it; a break links to the request's break before it.
+LOG_GAP, LOG_GROWTH, LOG_ITERATIONS, LOG_FIRST_WEIGHT, LOG_WEIGHT, LOG_LINK, LOG_BREAK = range(7)
+LOG_WIDTH, LOG_CHUNK = 8, 64
 
 # Columns of `World.requests` after the outcomes.
 IN_ARRIVAL, IN_PROMPT, IN_OUTPUT, IN_TBT_CLASS = range(NUM_COLUMNS, NUM_COLUMNS + 4)
@@ -167,7 +170,7 @@ def new_world(
     requests[:, [Column.STATUS, Column.TOKENS, Column.PREEMPTIONS]] = 0
     requests[:, IN_ARRIVAL], requests[:, IN_PROMPT] = workload.arrival_s, workload.prompt_tokens
     requests[:, IN_OUTPUT], requests[:, IN_TBT_CLASS] = workload.output_tokens, tbt_class
-    return _with_slots(World(f, i, np.zeros((log_entries, 6)), requests, facts.nodes, facts.tables), slots)
+    return _with_slots(World(f, i, np.zeros((log_entries, LOG_WIDTH)), requests, facts.nodes, facts.tables), slots)
 
 
 def grown(world: World, code: int) -> World:

@@ -251,13 +251,12 @@ def pop_dirty(w: World) -> int:
 
 @inner
 def take_slot(w: World) -> int:
-    """A free slot, its record cleared (but for TRANSFER, an entry of the list of all transfers); there must be one."""
+    """A free slot, its own record cleared; the caller has made sure that there is one."""
     slot = w.i[at.H_FREE_SLOT]
     sb, sf = slot_base(w.i, slot), slot_base_f(w.i, slot)
     w.i[at.H_FREE_SLOT] = w.i[sb + at.NEXT]
-    for k in range(at.SLOT_I):
-        if k != at.TRANSFER:
-            w.i[sb + k] = 0
+    for k in range(at.TRANSFER):
+        w.i[sb + k] = 0
     for k in range(at.SLOT_F):
         w.f[sf + k] = np.nan
     w.i[sb + at.PREFILL_NODE] = w.i[sb + at.DECODE_NODE] = w.i[sb + at.BREAK] = -1

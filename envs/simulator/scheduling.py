@@ -322,7 +322,7 @@ def _mark_first_tokens(w: World, node: int, token_s: float) -> None:
             return
         if w.i[sb + at.STAGE] == at.DECODING:
             w.f[slot_base_f(w.i, slot) + at.FIRST_TOKEN] = token_s
-            w.i[sb + at.RANGE_STOP] = int(w.log[w.i[nb + at.SEGMENT], at.LOG_PREV])
+            w.i[sb + at.RANGE_STOP] = w.i[nb + at.SEGMENT]
             w.i[sb + at.RANGE_SKIP] = 1
         slot = w.i[sb + at.PREV]
 
