@@ -3,7 +3,9 @@
 Best prefill node by Eq. 1-2; best decode node without any prefill in flight or waiting, its chunks the largest that
 keep every running decode within beta of its TBT SLO; deflect iff TTFT_dec <= alpha TTFT_pf and TTFT_dec <= the TTFT
 SLO. Ties go to the lower node id. The paper does not say where a disaggregated request decodes: here on the least
-loaded node.
+loaded node. Readings worth knowing: a candidate chunk above the engine's token budget is skipped, not shortened; on a
+decode node where nobody decodes the step model charges no KV, so with equal profiles both paths tie and alpha >= 1
+deflects even without a queue.
 """
 
 import numpy as np

@@ -69,3 +69,16 @@ def test_every_request_ends_once_and_no_block_is_lost(first: int) -> None:
             for field in empty + books:
                 assert w.i[base + field] == 0, f"seed {seed}: field {field} of node {node}"
             assert w.f[at.HEADER_F + node * at.NODE_F + at.KV] == 0.0
+
+
+def test_the_random_cases_hold_what_they_are_to_test() -> None:
+    held = set[str]()
+    for seed in range(200):
+        case = random_case(seed)
+        kernel = SimulatedBackend(case.spec, case.workload, seed=seed)
+        asked = play(case, kernel)
+        table = kernel.outcomes.table
+        held |= {"retried"} if len(asked) > len(case.workload) else set()
+        held |= {"preempted"} if (table[:, Column.PREEMPTIONS] > 0).any() else set()
+        held |= {Status(status).name for status in np.unique(table[:, Column.STATUS]).astype(int)}
+    assert held >= {"retried", "preempted", "FINISHED", "REJECTED", "FAILED"}
