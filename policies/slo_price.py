@@ -60,6 +60,7 @@ PRICE, SPREAD, BETA = 0, 1, 2
 LATENESS = 0.02
 STEPS_TO_LOSE_TBT = 2.0
 RATE_WINDOW_S = 10.0
+LONGEST_TTFT_SLO_S = 60.0
 SAFE = -1
 _LAST_ARRIVAL, _DECAYED_ARRIVALS = 0, 1
 
@@ -129,16 +130,22 @@ def _recent_rate(q: Question) -> float:
 
 
 @inner
+def _ttft_slo_s(q: Question) -> float:
+    """The request's TTFT SLO; a request without one is treated as if it had a very long one."""
+    return min(q.ttft_slo_s, LONGEST_TTFT_SLO_S)
+
+
+@inner
 def _own_cost(q: Question, ttft_s: float) -> float:
-    excess = (ttft_s - q.ttft_slo_s) / (q.parameters[SPREAD] * q.ttft_slo_s)
+    excess = (ttft_s - _ttft_slo_s(q)) / (q.parameters[SPREAD] * _ttft_slo_s(q))
     miss = 1.0 / (1.0 + math.exp(-min(max(excess, -50.0), 50.0)))
-    return miss + LATENESS * ttft_s / q.ttft_slo_s
+    return miss + LATENESS * ttft_s / _ttft_slo_s(q)
 
 
 @inner
 def _queue_price(q: Question, rate_rps: float, wait_s: float, own_s: float) -> float:
     """Expected misses among those who arrive until the node is free, since each waits `own_s` longer."""
-    return rate_rps * (wait_s + own_s) * own_s / q.ttft_slo_s
+    return rate_rps * (wait_s + own_s) * own_s / _ttft_slo_s(q)
 
 
 @inner

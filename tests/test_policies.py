@@ -334,3 +334,11 @@ def test_warm_up_requests_are_played_but_not_counted(tmp_path: FilePath) -> None
     )
     assert np.isnan(rollout(ClusterSpec(nodes=nodes), load, "never", warmup_s=5.1).gap_percentiles_s([50.0])).all()
     np.testing.assert_array_equal(everything.outcomes.table, late.outcomes.table)
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_requests_without_slos_are_served(name: str) -> None:
+    load = Workload.without_slo(np.linspace(0.0, 5.0, 100), np.full(100, 2000), np.full(100, 20), 100)
+    played = rollout(ClusterSpec(nodes=(NodeSpec(role="prefill"), NodeSpec(role="decode", count=2))), load, name)
+    assert played.outcomes.finished.all()
+    assert (played.outcomes.column(Column.PATH) != Path.LOCAL).all()
