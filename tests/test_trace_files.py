@@ -181,7 +181,10 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "header only": (HEADER, "row 1: a header and no requests"),
     "binary noise": (bytes(range(128, 256)) * 8, "row 1: not text"),
     "noise further on": (HEADER.encode() + b"0,1,1\n" * 9000 + b"\xff\xfe\n", "after row .*: not text"),
-    "truncated gzip": (gzip.compress(HEADER.encode() + b"0,1,1\n" * 9, mtime=0)[:-12], "gzip file is cut short or damaged"),
+    "truncated gzip": (
+        gzip.compress(HEADER.encode() + b"0,1,1\n" * 9, mtime=0)[:-12],
+        "gzip file is cut short or damaged",
+    ),
     "damaged gzip": (gzip.compress(PLAIN.encode(), mtime=0)[:-8] + b"\x01" * 8, "gzip file is cut short or damaged"),
     "broken JSON": (mooncake([0]) + '{"timestamp": 0, "input_le\n', "row 2: broken JSON"),
     "nested JSON": (mooncake([0]) + "[" * 100_000, "row 2: broken JSON"),
