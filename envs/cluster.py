@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deflector.envs.errors import InputError
 from deflector.envs.step_time import DEFAULT_PROFILE, StepTimeProfile, load_profile
@@ -70,6 +70,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Link = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
+"""Name of a link preset, or GB/s; a number in YAML is as good as its text."""
+
+
 class NodeSpec(_Strict):
     """One engine, or `count` equal ones."""
 
@@ -82,7 +86,7 @@ class NodeSpec(_Strict):
     block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 16
     kv_blocks: int | None = Field(None, ge=1)
     """KV capacity in blocks; the profile's own by default."""
-    link: str | None = None
+    link: Link | None = None
     """Name of a link preset, or GB/s as a number; the cluster's by default."""
     slowness: float = Field(1.0, gt=0, le=100)
     noise_sigma: float = Field(0.0, ge=0, le=2)
@@ -108,7 +112,7 @@ class ClusterSpec(_Strict):
     """A whole cluster. Node ids are positions after `count` is expanded."""
 
     nodes: tuple[NodeSpec, ...] = Field(min_length=1)
-    link: str = "inter-node"
+    link: Link = "inter-node"
     report_interval_s: float = Field(0.1, ge=0, le=60)
     report_loss: float = Field(0.0, ge=0, lt=1)
     """Probability that a load report is lost."""
@@ -257,6 +261,9 @@ def parse_cluster(text: str, *, profile: str | None = None, link: str | None = N
         raise InputError(f"cluster '{text}'{': ' + where if where else ''}: {what}") from error
     if not any(node.role in ("prefill", "mixed") for node in spec.nodes):
         raise InputError(f"cluster '{text}': no node can prefill for others: add one with role prefill or mixed")
+    models = sorted({load_profile(node.profile).model for node in spec.nodes})
+    if len(models) > 1:
+        raise InputError(f"cluster '{text}': KV cannot move between {' and '.join(models)}: use profiles of one model")
     return spec
 
 

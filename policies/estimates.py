@@ -85,7 +85,7 @@ def mixed_step_s(q: Question, node: int, chunk_tokens: int, context_tokens: int,
 
 @inner
 def tbt_limit_s(q: Question, node: int, beta: float) -> float:
-    """The strictest TBT SLO among the node's decodes(the request's own where none decodes) times beta."""
+    """The strictest TBT SLO among the node's decodes (the request's own where none decodes) times beta."""
     strictest_s = q.rows[STRICTEST_TBT, node] if q.rows[DECODES, node] > 0 else q.tbt_slo_s
     return beta * strictest_s
 

@@ -174,7 +174,7 @@ def _cells(sites: Sequence[Site], settings: Evaluate, jobs: int) -> tuple[Cell, 
         rates_rps = read_numbers(settings.rate, "--rate")
         return tuple(_cell(site, None, rate_rps) for site in sites for rate_rps in rates_rps)
     if settings.load is None and settings.trace:
-        return tuple(_cell(site, None, site.source.own_rate_rps or 0.0) for site in sites)
+        return tuple(_cell(site, None, _own_rate_rps(site)) for site in sites)
     loads = read_numbers(settings.load or DEFAULT_LOAD, "--load")
     threads = ThreadPoolExecutor(jobs)
     try:
@@ -184,6 +184,13 @@ def _cells(sites: Sequence[Site], settings: Evaluate, jobs: int) -> tuple[Cell, 
     return tuple(
         _cell(site, load, load * limit_rps) for site, limit_rps in zip(sites, limits_rps, strict=True) for load in loads
     )
+
+
+def _own_rate_rps(site: Site) -> float:
+    rate_rps = site.source.own_rate_rps
+    if rate_rps is None or not math.isfinite(rate_rps):
+        raise InputError(f"trace {site.source.name}: its requests do not arrive at two different times: use a longer trace")
+    return rate_rps
 
 
 def _cell(site: Site, load: float | None, rate_rps: float) -> Cell:
