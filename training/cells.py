@@ -189,7 +189,8 @@ def _cells(sites: Sequence[Site], settings: Evaluate, jobs: int) -> tuple[Cell, 
 def _own_rate_rps(site: Site) -> float:
     rate_rps = site.source.own_rate_rps
     if rate_rps is None or not math.isfinite(rate_rps):
-        raise InputError(f"trace {site.source.name}: its requests do not arrive at two different times: use a longer trace")
+        name = site.source.name
+        raise InputError(f"trace {name}: its requests do not arrive at two different times: use a longer trace")
     return rate_rps
 
 
