@@ -23,9 +23,9 @@ def evaluate(requests: int, policy: str, profile: str) -> dict[str, float]:
     import resource
 
     import numpy as np
+    from simulator import workload
 
     from deflector.envs.cluster import parse_cluster
-    from deflector.envs.workload import Workload
     from deflector.policies.rollout import rollout
 
     def peak_mib() -> float:
@@ -33,22 +33,10 @@ def evaluate(requests: int, policy: str, profile: str) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
-    def workload(count: int) -> Workload:
-        rng = np.random.default_rng(0)
-        return Workload(
-            arrival_s=np.cumsum(rng.exponential(1 / RATE_RPS, count)),
-            prompt_tokens=np.clip(rng.lognormal(np.log(1100), 0.8, count), 16, 16384).astype(np.int64),
-            output_tokens=np.clip(rng.lognormal(np.log(165), 0.6, count), 1, 2048).astype(np.int64),
-            max_output_tokens=np.full(count, 2048, np.int64),
-            ttft_slo_s=np.full(count, 2.0),
-            tbt_slo_s=np.full(count, 0.1),
-            slo_class=np.zeros(count, np.int64),
-        )
-
     spec = parse_cluster("2P2D", profile=profile)
-    rollout(spec, workload(1000), policy).gap_percentiles_s([99.0])  # compiles
+    rollout(spec, workload(1000, RATE_RPS, seed=0), policy).gap_percentiles_s([99.0])  # compiles
     before_mib = peak_mib()
-    load = workload(requests)
+    load = workload(requests, RATE_RPS, seed=0)
     start = time.perf_counter()
     result = rollout(spec, load, policy)
     rollout_s = time.perf_counter() - start

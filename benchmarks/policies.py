@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from simulator import workload
 
 from deflector.envs.backend import SimulatedBackend
 from deflector.envs.cluster import parse_cluster
@@ -25,20 +26,6 @@ from deflector.policies.registry import policy_names
 
 CLUSTERS = (("2P2D", 4), ("64P64D", 128))
 WARMUP_CALLS = 200
-
-
-def workload(requests: int, rate_rps: float, seed: int) -> Workload:
-    """Poisson arrivals, log-normal lengths with means of about 1,500 and 200 tokens."""
-    rng = np.random.default_rng(seed)
-    return Workload(
-        arrival_s=np.cumsum(rng.exponential(1 / rate_rps, requests)),
-        prompt_tokens=np.clip(rng.lognormal(np.log(1100), 0.8, requests), 16, 16384).astype(np.int64),
-        output_tokens=np.clip(rng.lognormal(np.log(165), 0.6, requests), 1, 2048).astype(np.int64),
-        max_output_tokens=np.full(requests, 2048, np.int64),
-        ttft_slo_s=np.full(requests, 2.0),
-        tbt_slo_s=np.full(requests, 0.1),
-        slo_class=np.zeros(requests, np.int64),
-    )
 
 
 def questions(cluster: str, load: Workload, samples: int, profile: str) -> list[tuple[ClusterState, Request]]:
