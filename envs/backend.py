@@ -57,7 +57,7 @@ class SimulatedBackend:
         """Plays on to the next request that waits to be routed; None once there are no more."""
         rows = np.empty((len(StateRow), self.facts.num_nodes))
         while True:
-            code = _advance_and_observe(self.world, rows)
+            code = self._advance(rows)
             if code == at.DONE:
                 return None
             if code == at.DECIDE:
@@ -76,6 +76,10 @@ class SimulatedBackend:
             slo_class=int(load.slo_class[number]),
         )
         return ClusterState(float(w.f[at.G_NOW]), rows, self.facts), request
+
+    def _advance(self, rows: at.FloatArray) -> int:
+        """Plays on as far as `advance` does; at a decision, writes what the router sees into `rows`."""
+        return _advance_and_observe(self.world, rows)
 
     def apply(self, decision: Decision) -> None:
         """Routes the request that `next_arrival` has just returned.
@@ -106,6 +110,12 @@ def _advance_and_observe(w: at.World, rows: at.FloatArray) -> int:
     if code == at.DECIDE:
         observe(w, rows)
     return code
+
+
+@entry
+def observe_world(w: at.World, rows: at.FloatArray) -> None:
+    """Writes what the router sees at a decision into (len(StateRow), num_nodes) `rows`."""
+    observe(w, rows)
 
 
 @entry

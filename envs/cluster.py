@@ -62,6 +62,8 @@ class NodeField(IntEnum):
     SLOWNESS = 10
     NOISE_SIGMA = 11
     DRIFT_PER_S = 12
+    PREFIX_CACHING = 13
+    """1.0: prompts share blocks of equal contents."""
 
 
 class _Strict(BaseModel):
@@ -91,6 +93,8 @@ class NodeSpec(_Strict):
     slowness: float = Field(1.0, gt=0, le=100)
     noise_sigma: float = Field(0.0, ge=0, le=2)
     drift_per_s: float = Field(0.0, ge=0, le=1)
+    prefix_caching: bool = False
+    """Prompts share KV blocks of equal contents, as far as the workload names them (`Workload.prefix_ids`)."""
 
     @property
     def token_budget(self) -> int:
@@ -166,6 +170,7 @@ class ClusterSpec(_Strict):
             row[NodeField.SLOWNESS] = node.slowness
             row[NodeField.NOISE_SIGMA] = node.noise_sigma
             row[NodeField.DRIFT_PER_S] = node.drift_per_s
+            row[NodeField.PREFIX_CACHING] = node.prefix_caching
         return ClusterFacts(rows, np.stack([profile.table(longest) for profile in profiles]), tuple(profiles))
 
 

@@ -16,6 +16,8 @@ class Status(IntEnum):
     """It could never fit, or no healthy node could take it."""
     FAILED = 3
     """A node died under it."""
+    ABORTED = 4
+    """Its client went away."""
 
 
 class Column(IntEnum):

@@ -1,6 +1,6 @@
 """A workload: when requests arrive, how long they are, and what was promised to them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -26,6 +26,10 @@ class Workload:
         tbt_slo_s: > 0; inf where nothing was promised.
         slo_class: Small number naming each request's class of SLOs.
         notes: What a reader of the workload has to know about how it came to be, one sentence each.
+        abort_s: When each client goes away, > arrival_s; inf: never. Empty: nobody does.
+        prefix_start: (number of requests + 1) positions in `prefix_ids`; empty: no prompt is known to share anything.
+        prefix_ids: >= 0; those from `prefix_start[k]` on name what the first full blocks of prompt k hold: equal ids
+            mean equal tokens up to the end of that block. Blocks are as large as those of the nodes that cache them.
     """
 
     arrival_s: FloatArray
@@ -36,6 +40,9 @@ class Workload:
     tbt_slo_s: FloatArray
     slo_class: IntArray
     notes: tuple[str, ...] = ()
+    abort_s: FloatArray = field(default_factory=lambda: np.empty(0))
+    prefix_start: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    prefix_ids: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @classmethod
     def without_slo(
@@ -84,4 +91,6 @@ class Workload:
                 "do not arrive at two different times; use a longer one"
             )
         start = self.arrival_s[0]
-        return replace(self, arrival_s=(self.arrival_s - start) * (self.rate_rps / rate_rps))
+        arrival_s = (self.arrival_s - start) * (self.rate_rps / rate_rps)
+        abort_s = arrival_s + (self.abort_s - self.arrival_s) if len(self.abort_s) else self.abort_s
+        return replace(self, arrival_s=arrival_s, abort_s=abort_s)

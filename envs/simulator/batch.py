@@ -2,6 +2,7 @@
 
 from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.blocks import give_blocks_back
 from deflector.envs.simulator.gaps import break_range
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.queues import (
@@ -43,13 +44,25 @@ def leave_decodes(w: World, node: int, slot: int) -> None:
     nb, sb = node_base(w.i, node), slot_base(w.i, slot)
     mask = (1 << w.i[nb + at.BLOCK_SHIFT]) - 1
     computed = w.i[sb + at.OFFSET] + w.i[nb + at.ITER]
-    w.i[nb + at.FREE_BLOCKS] += blocks_for(w, node, computed)
+    give_blocks_back(w, node, slot, blocks_for(w, node, computed))
     w.i[block_phases(w, node) + ((-w.i[sb + at.OFFSET]) & mask)] -= 1
     w.i[tbt_classes(w, node) + w.i[sb + at.TBT_CLASS]] -= 1
     w.i[nb + at.BATCH] -= 1
     w.i[nb + at.SEGMENT_OPEN] = 0
     w.i[nb + at.COUNTED] -= w.i[sb + at.IS_COUNTED]
     w.f[node_base_f(node) + at.KV] -= computed
+
+
+@inner
+def drop_decode(w: World, node: int, slot: int) -> None:
+    """Takes a decode off its node for good, unfinished."""
+    nb, sb = node_base(w.i, node), slot_base(w.i, slot)
+    remove_finish(w, node, slot)
+    leave_decodes(w, node, slot)
+    unlink(w, node, at.RUN_HEAD, slot)
+    w.i[nb + at.NUM_RUNNING] -= 1
+    if w.i[sb + at.BROKEN] > 0:
+        w.i[nb + at.NUM_BROKEN] -= 1
 
 
 @inner
@@ -71,7 +84,7 @@ def preempt(w: World, node: int, slot: int, now_s: float) -> None:
         w.i[nb + at.PREFILL_TOKENS] += w.i[sb + at.TARGET]
     else:
         unlink_prefill(w, node, slot)
-        w.i[nb + at.FREE_BLOCKS] += w.i[sb + at.HELD]
+        give_blocks_back(w, node, slot, w.i[sb + at.HELD])
         w.i[nb + at.PREFILL_TOKENS] += w.i[sb + at.COMPUTED]
     w.i[sb + at.STAGE] = at.WAITING
     w.i[sb + at.COMPUTED] = w.i[sb + at.HELD] = w.i[sb + at.CHUNK] = 0

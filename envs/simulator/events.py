@@ -4,6 +4,7 @@ import numpy as np
 
 from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.aborts import abort, next_abort
 from deflector.envs.simulator.faults import apply_fault
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.lifecycle import deliver, end_step
@@ -27,42 +28,60 @@ def advance(w: World) -> int:
         DECIDE, with the request's slot in `i[H_CURRENT]` and the time in `f[G_NOW]`; DONE when everything is over;
         GROW_SLOTS or GROW_LOG when the arrays are too small to go on: call again with `grown` arrays.
     """
-    log_margin = 2 * w.i[at.H_NODE_STRIDE] + 2 * at.LOG_CHUNK
     while True:
-        now_s = w.f[at.G_NOW]
-        step_s, transfer_s = next_step_end(w), w.f[at.G_NEXT_TRANSFER]
-        fault = w.i[at.H_FAULTS] + 4 * w.i[at.H_NEXT_FAULT]
-        fault_s = w.f[fault] if w.i[at.H_NEXT_FAULT] < w.i[at.H_NUM_FAULTS] else np.inf
-        arrival = w.i[at.H_NEXT_ARRIVAL]
-        arrival_s = w.requests[arrival, at.IN_ARRIVAL] if arrival < len(w.requests) else np.inf
-        next_s = min(min(step_s, transfer_s), min(fault_s, arrival_s))
-        if w.i[at.H_UNDECIDED] >= 0 and min(min(step_s, transfer_s), fault_s) > now_s:
-            _recall_undecided(w)
-            return at.DECIDE
-        if w.i[at.H_NUM_DIRTY] > 0 and next_s > now_s:
-            if w.i[at.H_LOG_LENGTH] + log_margin > len(w.log):
-                return at.GROW_LOG
-            schedule(w, pop_dirty(w), now_s)
-            continue
-        if next_s == np.inf or (arrival_s == np.inf and _nothing_left(w, step_s, transfer_s)):
-            return at.DONE
-        w.f[at.G_NOW] = next_s
-        if fault_s == next_s:
-            w.i[at.H_NEXT_FAULT] += 1
-            apply_fault(w, int(w.f[fault + 1]), int(w.f[fault + 2]), w.f[fault + 3], next_s)
-        elif step_s == next_s:
-            end_step(w, node_of_next_step_end(w), next_s)
-        elif transfer_s == next_s:
-            slot = due_transfer(w)
-            if w.i[slot_base(w.i, slot) + at.ON_WIRE]:
-                deliver(w, slot, next_s)
-            else:
-                enter_wire(w, slot, next_s)
+        code = play_event(w)
+        if code != at.GO_ON:
+            return code
+
+
+@inner
+def play_event(w: World) -> int:
+    """Plays the next event, or schedules the next node that asked for it.
+
+    Returns:
+        GO_ON, or what `advance` returns.
+    """
+    now_s = w.f[at.G_NOW]
+    step_s, transfer_s = next_step_end(w), w.f[at.G_NEXT_TRANSFER]
+    fault = w.i[at.H_FAULTS] + 4 * w.i[at.H_NEXT_FAULT]
+    fault_s = w.f[fault] if w.i[at.H_NEXT_FAULT] < w.i[at.H_NUM_FAULTS] else np.inf
+    leaving = next_abort(w)
+    abort_s = w.f[leaving] if leaving >= 0 else np.inf
+    arrival = w.i[at.H_NEXT_ARRIVAL]
+    arrival_s = w.requests[arrival, at.IN_ARRIVAL] if arrival < len(w.requests) else np.inf
+    inside_s = min(min(step_s, transfer_s), min(fault_s, abort_s))
+    next_s = min(inside_s, arrival_s)
+    if w.i[at.H_UNDECIDED] >= 0 and inside_s > now_s:
+        _recall_undecided(w)
+        return at.DECIDE
+    if w.i[at.H_NUM_DIRTY] > 0 and next_s > now_s:
+        if w.i[at.H_LOG_LENGTH] + 2 * w.i[at.H_NODE_STRIDE] + 2 * at.LOG_CHUNK > len(w.log):
+            return at.GROW_LOG
+        schedule(w, pop_dirty(w), now_s)
+        return at.GO_ON
+    if next_s == np.inf or (arrival_s == np.inf and _nothing_left(w, step_s, transfer_s)):
+        return at.DONE
+    if inside_s > next_s and w.i[at.H_FREE_SLOT] < 0:
+        return at.GROW_SLOTS
+    w.f[at.G_NOW] = next_s
+    if fault_s == next_s:
+        w.i[at.H_NEXT_FAULT] += 1
+        apply_fault(w, int(w.f[fault + 1]), int(w.f[fault + 2]), w.f[fault + 3], next_s)
+    elif abort_s == next_s:
+        w.i[at.H_NEXT_ABORT] += 1
+        abort(w, int(w.f[leaving + 1]), next_s)
+    elif step_s == next_s:
+        end_step(w, node_of_next_step_end(w), next_s)
+    elif transfer_s == next_s:
+        slot = due_transfer(w)
+        if w.i[slot_base(w.i, slot) + at.ON_WIRE]:
+            deliver(w, slot, next_s)
         else:
-            if w.i[at.H_FREE_SLOT] < 0:
-                return at.GROW_SLOTS
-            _arrive(w, arrival)
-            return at.DECIDE
+            enter_wire(w, slot, next_s)
+    else:
+        _arrive(w, arrival)
+        return at.DECIDE
+    return at.GO_ON
 
 
 @inner

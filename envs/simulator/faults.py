@@ -2,28 +2,25 @@
 
 import numpy as np
 
-from deflector.envs.cluster import NodeField
 from deflector.envs.compiled import inner
 from deflector.envs.outcome import Status
 from deflector.envs.simulator import layout as at
-from deflector.envs.simulator.batch import leave_decodes
+from deflector.envs.simulator.batch import drop_decode
+from deflector.envs.simulator.blocks import empty_node
 from deflector.envs.simulator.gaps import set_iterations
 from deflector.envs.simulator.layout import World
-from deflector.envs.simulator.lifecycle import close, drop
+from deflector.envs.simulator.lifecycle import close, close_aborted, drop
 from deflector.envs.simulator.queues import (
     node_base,
     node_base_f,
-    remove_finish,
     set_step_end,
     slot_base,
     slot_base_f,
-    unlink,
 )
 from deflector.envs.simulator.reports import refresh
 from deflector.envs.simulator.scheduling import cut_leap, steps_ended
 
 _FAILED = int(Status.FAILED)
-_KV_BLOCKS = int(NodeField.KV_BLOCKS)
 
 
 @inner
@@ -57,15 +54,18 @@ def _die(w: World, node: int, now_s: float) -> None:
             continue
         tokens = _produced(w, slot, node)
         if w.i[slot_base(w.i, slot) + at.STAGE] == at.DECODING:
-            _drop_decode(w, slot, node)
+            drop_decode(w, node, slot)
         else:
             drop(w, slot, now_s)
-        if tokens == 0 and w.i[at.H_RETRY]:
+        if w.i[slot_base(w.i, slot) + at.ABORTED]:
+            close_aborted(w, slot, tokens)
+        elif tokens == 0 and w.i[at.H_RETRY]:
             _ask_again(w, slot)
         else:
             close(w, slot, _FAILED, tokens, now_s)
     w.f[nf + at.KV] = 0.0
-    w.i[nb + at.FREE_BLOCKS] = int(w.nodes[node, _KV_BLOCKS])
+    w.i[nb + at.NUM_ABORTED] = 0
+    empty_node(w, node)
 
 
 @inner
@@ -118,21 +118,10 @@ def _produced(w: World, slot: int, node: int) -> int:
 
 
 @inner
-def _drop_decode(w: World, slot: int, node: int) -> None:
-    sb, nb = slot_base(w.i, slot), node_base(w.i, node)
-    remove_finish(w, node, slot)
-    leave_decodes(w, node, slot)
-    unlink(w, node, at.RUN_HEAD, slot)
-    w.i[nb + at.NUM_RUNNING] -= 1
-    if w.i[sb + at.BROKEN] > 0:
-        w.i[nb + at.NUM_BROKEN] -= 1
-
-
-@inner
 def _ask_again(w: World, slot: int) -> None:
     """Queues a request, by its number, to be routed once more."""
     sb, sf = slot_base(w.i, slot), slot_base_f(w.i, slot)
-    for k in (at.GENERATED, at.COMPUTED, at.HELD, at.CHUNK, at.HANDED, at.RUN_INDEX, at.RUN_STEPS, at.BROKEN):
+    for k in (at.GENERATED, at.COMPUTED, at.HELD, at.CHUNK, at.HANDED, at.RUN_INDEX, at.RUN_STEPS, at.BROKEN, at.LOCAL):
         w.i[sb + k] = 0
     w.i[sb + at.PREFILL_NODE] = w.i[sb + at.DECODE_NODE] = w.i[sb + at.BREAK] = -1
     for k in (at.FIRST_TOKEN, at.LAST_TOKEN, at.TRANSFER_START, at.TRANSFER_END):

@@ -5,7 +5,8 @@ import numpy as np
 from deflector.envs.compiled import inner
 from deflector.envs.outcome import Column, Status
 from deflector.envs.simulator import layout as at
-from deflector.envs.simulator.batch import join_decodes, leave_decodes
+from deflector.envs.simulator.batch import drop_decode, join_decodes, leave_decodes
+from deflector.envs.simulator.blocks import give_blocks_back
 from deflector.envs.simulator.gaps import begin_range, write_gaps
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.queues import (
@@ -33,7 +34,7 @@ _PREFILL_NODE, _DECODE_NODE = int(Column.PREFILL_NODE), int(Column.DECODE_NODE)
 _FIRST_TOKEN, _FINISH, _TOKENS = int(Column.FIRST_TOKEN_S), int(Column.FINISH_S), int(Column.TOKENS)
 _QUEUE, _PREFILL, _TRANSFER = int(Column.QUEUE_S), int(Column.PREFILL_S), int(Column.TRANSFER_S)
 _PREEMPTIONS = int(Column.PREEMPTIONS)
-_FINISHED, _REJECTED = int(Status.FINISHED), int(Status.REJECTED)
+_FINISHED, _REJECTED, _ABORTED = int(Status.FINISHED), int(Status.REJECTED), int(Status.ABORTED)
 _DISAGGREGATE, _DEFLECT = int(Path.DISAGGREGATE), int(Path.DEFLECT)
 
 
@@ -71,6 +72,8 @@ def end_step(w: World, node: int, now_s: float) -> None:
     w.i[at.H_ITERATIONS] += steps
     w.i[nb + at.BUSY] = 0
     set_step_end(w, node, np.inf)
+    if w.i[nb + at.NUM_ABORTED] > 0:
+        _let_aborted_go(w, node, now_s)
     while w.i[nb + at.HEAP_LENGTH] > 0 and next_finish(w, node) == w.i[nb + at.ITER]:
         slot = pop_finish(w, node)
         leave_decodes(w, node, slot)
@@ -98,12 +101,14 @@ def deliver(w: World, slot: int, now_s: float) -> None:
     """The KV has arrived: the prefill node forgets it, the decode node may go on."""
     sb = slot_base(w.i, slot)
     source, target = w.i[sb + at.PREFILL_NODE], w.i[sb + at.DECODE_NODE]
+    if w.i[sb + at.ABORTED]:
+        drop(w, slot, now_s)
+        close_aborted(w, slot, 0)
+        return
     end_transfer(w, slot, now_s)
     w.f[slot_base_f(w.i, slot) + at.TRANSFER_END] = now_s
-    refresh(w, source, now_s)
-    w.i[node_base(w.i, source) + at.FREE_BLOCKS] += w.i[sb + at.HELD]
+    _give_back(w, source, slot, w.i[sb + at.HELD], now_s)
     w.i[sb + at.HELD] = 0
-    wake(w, source, now_s)
     refresh(w, target, now_s)
     w.i[sb + at.STAGE], w.i[sb + at.NODE] = at.READY, target
     append(w, target, at.READY_HEAD, slot)
@@ -136,7 +141,7 @@ def _begin_decoding(w: World, node: int, slot: int, now_s: float) -> None:
     begin_range(w, node, slot, now_s)
     w.i[sb + at.GENERATED] += 1
     if w.i[sb + at.GENERATED] == w.i[sb + at.OUTPUT]:
-        w.i[node_base(w.i, node) + at.FREE_BLOCKS] += w.i[sb + at.HELD]
+        give_blocks_back(w, node, slot, w.i[sb + at.HELD])
         _finish(w, node, slot, now_s)
     else:
         join_decodes(w, node, slot, w.i[sb + at.TARGET], w.i[sb + at.OUTPUT] - w.i[sb + at.GENERATED])
@@ -170,6 +175,42 @@ def close(w: World, slot: int, status: int, tokens: int, now_s: float) -> None:
 
 
 @inner
+def close_aborted(w: World, slot: int, tokens: int) -> None:
+    """Forgets a request that every node has let go; it ended when its client went away."""
+    if tokens == 0:
+        w.f[slot_base_f(w.i, slot) + at.FIRST_TOKEN] = np.nan
+    close(w, slot, _ABORTED, tokens, w.requests[w.i[slot_base(w.i, slot) + at.REQUEST], at.IN_ABORT])
+
+
+@inner
+def let_go(w: World, node: int, slot: int, now_s: float, in_step: bool) -> None:
+    """Takes an aborted request out of `running`; what a step that has just ended brought it does not count."""
+    sb = slot_base(w.i, slot)
+    tokens = w.i[sb + at.GENERATED]
+    if w.i[sb + at.STAGE] == at.DECODING:
+        tokens = w.i[sb + at.OUTPUT] - (w.i[sb + at.FINISH_ITER] - w.i[node_base(w.i, node) + at.ITER])
+        if in_step and w.i[sb + at.BROKEN] == 0:
+            tokens -= 1
+        drop_decode(w, node, slot)
+    else:
+        drop(w, slot, now_s)
+    close_aborted(w, slot, tokens)
+
+
+@inner
+def _let_aborted_go(w: World, node: int, now_s: float) -> None:
+    """The step is over: those of its requests that were aborted meanwhile leave."""
+    nb = node_base(w.i, node)
+    w.i[nb + at.NUM_ABORTED] = 0
+    slot = w.i[nb + at.RUN_HEAD]
+    while slot >= 0:
+        after = w.i[slot_base(w.i, slot) + at.NEXT]
+        if w.i[slot_base(w.i, slot) + at.ABORTED]:
+            let_go(w, node, slot, now_s, True)
+        slot = after
+
+
+@inner
 def drop(w: World, slot: int, now_s: float) -> None:
     """Takes a request that is not decoding off every node and link, its blocks given back."""
     sb = slot_base(w.i, slot)
@@ -178,7 +219,7 @@ def drop(w: World, slot: int, now_s: float) -> None:
     if stage == at.PULLING:
         end_transfer(w, slot, now_s)
     if stage in (at.HANDOFF, at.PULLING):
-        _give_blocks(w, source, w.i[sb + at.HELD], now_s)
+        _give_back(w, source, slot, w.i[sb + at.HELD], now_s)
     if stage == at.HANDOFF:
         refresh(w, target, now_s)
         unlink(w, target, at.WAIT_HEAD, slot)
@@ -186,7 +227,7 @@ def drop(w: World, slot: int, now_s: float) -> None:
     elif stage in (at.PULLING, at.READY):
         if stage == at.READY:
             unlink(w, target, at.READY_HEAD, slot)
-        _give_blocks(w, target, blocks_for(w, target, w.i[sb + at.PROMPT]), now_s)
+        _give_back(w, target, slot, blocks_for(w, target, w.i[sb + at.PROMPT]), now_s)
     elif stage in (at.WAITING, at.PREFILLING):
         refresh(w, node, now_s)
         w.i[node_base(w.i, node) + at.PREFILL_TOKENS] -= w.i[sb + at.TARGET] - w.i[sb + at.COMPUTED]
@@ -196,7 +237,7 @@ def drop(w: World, slot: int, now_s: float) -> None:
             unlink(w, node, at.RUN_HEAD, slot)
             unlink_prefill(w, node, slot)
             w.i[node_base(w.i, node) + at.NUM_RUNNING] -= 1
-        _give_blocks(w, node, w.i[sb + at.HELD], now_s)
+        _give_back(w, node, slot, w.i[sb + at.HELD], now_s)
     if w.i[sb + at.PATH] == _DISAGGREGATE and (stage in (at.HANDOFF, at.PULLING, at.READY) or not w.i[sb + at.HANDED]):
         w.i[node_base(w.i, target) + at.INCOMING] -= 1
         w.i[node_base(w.i, target) + at.INCOMING_PROMPTS] -= w.i[sb + at.PROMPT]
@@ -205,7 +246,7 @@ def drop(w: World, slot: int, now_s: float) -> None:
 
 
 @inner
-def _give_blocks(w: World, node: int, blocks: int, now_s: float) -> None:
+def _give_back(w: World, node: int, slot: int, blocks: int, now_s: float) -> None:
     refresh(w, node, now_s)
-    w.i[node_base(w.i, node) + at.FREE_BLOCKS] += blocks
+    give_blocks_back(w, node, slot, blocks)
     wake(w, node, now_s)

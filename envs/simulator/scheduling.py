@@ -10,6 +10,7 @@ from deflector.envs.cluster import NodeField
 from deflector.envs.compiled import inner
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.batch import join_decodes, preempt, starve
+from deflector.envs.simulator.blocks import find_prefix, let_be_found, share_prefix, take_blocks
 from deflector.envs.simulator.gaps import add_segment, begin_range, extend_segment, set_iterations
 from deflector.envs.simulator.hashing import step_noise
 from deflector.envs.simulator.layout import World
@@ -47,6 +48,7 @@ def schedule(w: World, node: int, now_s: float) -> None:
         or w.i[nb + at.NUM_BROKEN] > 0
         or w.i[nb + at.BATCH] > budget
         or needed > w.i[nb + at.FREE_BLOCKS]
+        or w.i[nb + at.POOL] > 0
     )
     chunk_tokens, q, preempted = 0, 0.0, False
     if walked:
@@ -195,7 +197,8 @@ def _walk_running(w: World, node: int, now_s: float) -> tuple[int, float, int, i
         if lost_itself:
             slot = -1
             break
-        w.i[nb + at.FREE_BLOCKS] -= needed
+        take_blocks(w, node, slot, needed)
+        let_be_found(w, node, slot, computed + tokens)
         budget -= tokens
         if decoding:
             decodes += 1
@@ -226,6 +229,7 @@ def _admit(w: World, node: int, now_s: float, budget: int, chunk_tokens: int, q:
         if slot >= 0:
             unlink(w, node, at.READY_HEAD, slot)
             sb = slot_base(w.i, slot)
+            let_be_found(w, node, slot, w.i[sb + at.PROMPT])
             join_decodes(w, node, slot, w.i[sb + at.PROMPT] - 1, w.i[sb + at.OUTPUT])
             w.i[nb + at.INCOMING] -= 1
             w.i[nb + at.INCOMING_PROMPTS] -= w.i[sb + at.PROMPT]
@@ -236,20 +240,26 @@ def _admit(w: World, node: int, now_s: float, budget: int, chunk_tokens: int, q:
             if slot < 0:
                 break
             sb = slot_base(w.i, slot)
-            if w.i[sb + at.STAGE] == at.HANDOFF:
-                needed = blocks_for(w, node, w.i[sb + at.PROMPT])
-                if needed > w.i[nb + at.FREE_BLOCKS] - _blocks_promised(w, node):
-                    break
-                w.i[nb + at.FREE_BLOCKS] -= needed
-                unlink(w, node, at.WAIT_HEAD, slot)
+            pulls = w.i[sb + at.STAGE] == at.HANDOFF
+            known = w.i[sb + at.PROMPT] if pulls else w.i[sb + at.TARGET]
+            found, found_free = find_prefix(w, node, slot, known)
+            promised = _blocks_promised(w, node) if pulls else 0
+            if blocks_for(w, node, known) - found + found_free > w.i[nb + at.FREE_BLOCKS] - promised:
+                break
+            unlink(w, node, at.WAIT_HEAD, slot)
+            share_prefix(w, node, slot, found)
+            computed = found << w.i[nb + at.BLOCK_SHIFT]
+            if pulls:
+                take_blocks(w, node, slot, blocks_for(w, node, known) - found)
+                w.i[sb + at.LOCAL] = computed
                 start_transfer(w, slot, now_s)
                 continue
-            if blocks_for(w, node, w.i[sb + at.TARGET]) > w.i[nb + at.FREE_BLOCKS]:
-                break
-            tokens = _chunk_for(w, node, slot, min(w.i[sb + at.TARGET], budget), chunk_tokens, q)
-            needed = blocks_for(w, node, tokens)
-            w.i[nb + at.FREE_BLOCKS] -= needed
-            unlink(w, node, at.WAIT_HEAD, slot)
+            w.i[sb + at.COMPUTED], w.i[sb + at.HELD] = computed, found
+            w.i[nb + at.PREFILL_TOKENS] -= computed
+            tokens = _chunk_for(w, node, slot, min(known - computed, budget), chunk_tokens, q)
+            needed = blocks_for(w, node, computed + tokens) - found
+            take_blocks(w, node, slot, needed)
+            let_be_found(w, node, slot, computed + tokens)
             append_prefill(w, node, slot)
             w.i[sb + at.STAGE] = at.PREFILLING
             _use_chunk(w, slot, tokens, needed)
@@ -258,7 +268,7 @@ def _admit(w: World, node: int, now_s: float, budget: int, chunk_tokens: int, q:
                 w.f[sf + at.FIRST_CHUNK] = now_s
             budget -= tokens
             chunk_tokens += tokens
-            q += tokens * (0.5 * tokens)
+            q += tokens * (computed + 0.5 * tokens)
         append(w, node, at.RUN_HEAD, slot)
         w.i[nb + at.NUM_RUNNING] += 1
         w.i[sb + at.ADMIT_ITER] = w.i[nb + at.ITER]

@@ -42,7 +42,7 @@ def enter_wire(w: World, slot: int, now_s: float) -> None:
     sb, sf = slot_base(w.i, slot), slot_base_f(w.i, slot)
     source, target = w.i[sb + at.PREFILL_NODE], w.i[sb + at.DECODE_NODE]
     w.i[sb + at.ON_WIRE] = 1
-    w.f[sf + at.TRANSFER_LEFT] = w.i[sb + at.PROMPT] * w.nodes[source, _BYTES]
+    w.f[sf + at.TRANSFER_LEFT] = (w.i[sb + at.PROMPT] - w.i[sb + at.LOCAL]) * w.nodes[source, _BYTES]
     w.f[sf + at.TRANSFER_RATE] = 0.0
     w.f[sf + at.TRANSFER_SEEN] = now_s
     _count_on_links(w, source, target, 1)
