@@ -231,10 +231,10 @@ def fit_profile(
     }
     try:
         best = StepTimeProfile.model_validate(facts | _fit(train, False, path))
-        errors = _errors(best, test)
+        errors = fit_errors(best, test)
         if (train.region == 2).any() and (train.region != 2).any() and errors.mixed:
             special = StepTimeProfile.model_validate(facts | _fit(train, True, path))
-            special_errors = _errors(special, test)
+            special_errors = fit_errors(special, test)
             if special_errors.mixed and special_errors.mixed.mape < MIXED_GAIN * errors.mixed.mape - 1e-3:
                 best, errors = special, special_errors
         return StepTimeProfile.model_validate(dict(best) | {"fit_error": errors})
@@ -254,7 +254,8 @@ def _held_out(records: StepRecords, seed: int) -> npt.NDArray[np.bool_]:
     return held_out
 
 
-def _errors(profile: StepTimeProfile, test: StepRecords) -> FitError:
+def fit_errors(profile: StepTimeProfile, test: StepRecords) -> FitError:
+    """How far a profile is from steps that its fit has not seen."""
     predicted_ms = 1e3 * profile.step_time_s(test.chunk_tokens, test.q, test.batch, test.kv_tokens)
     error = np.abs(predicted_ms / test.step_ms - 1)
 

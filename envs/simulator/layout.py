@@ -52,7 +52,7 @@ H_NUM_NODES, H_NODE_STRIDE, H_SLOTS, H_SLOT0_I, H_SLOT0_F, H_TREE, H_LEAVES, H_T
 H_NUM_DIRTY, H_FREE_SLOT, H_NEXT_ARRIVAL, H_NEXT_FAULT, H_UNDECIDED, H_CURRENT = range(9, 15)
 H_NUM_TRANSFERS, H_LOG_LENGTH, H_RETRY, H_SEED, H_COUNT_FROM, H_ITERATIONS = range(15, 21)
 H_FAULTS, H_NUM_FAULTS, H_TBT_CLASSES, H_NUM_TBT_CLASSES = range(21, 25)
-H_ABORTS, H_NUM_ABORTS, H_NEXT_ABORT, H_BLOCK_TABLES, H_BLOCK_TABLE_WIDTH = range(25, 30)
+H_ABORTS, H_NUM_ABORTS, H_NEXT_ABORT, H_BLOCK_TABLES, H_BLOCK_TABLE_WIDTH, H_PULLS = range(25, 31)
 HEADER_I = 32
 # Header of f.
 G_NOW, G_REPORT_INTERVAL, G_REPORT_LOSS, G_NEXT_TRANSFER = range(4)
@@ -79,9 +79,9 @@ PATH, REASON, PREFILL_NODE, DECODE_NODE, HANDED, RULE, RUN_INDEX, RUN_STEPS = ra
 NEXT, PREV, PREFILL_NEXT, PREFILL_PREV, ON_WIRE = range(24, 29)
 RANGE_STOP, RANGE_SKIP, BREAK, BROKEN = range(29, 33)
 RUNS = 33  # 8 pairs (tokens, steps)
-ABORTED, LOCAL = range(49, 51)  # its client is gone; KV tokens that it found on the node that pulls the rest
-TRANSFER = 51  # the last: not the slot's own, but an entry of the list of all transfers
-SLOT_I = 52
+ABORTED, LOCAL, PULL = range(49, 52)  # its client is gone; KV tokens found where it decodes; number of its transfer
+TRANSFER = 52  # the last: not the slot's own, but an entry of the list of all transfers
+SLOT_I = 53
 # A slot's record in f.
 ARRIVED, TBT_BUDGET, FIRST_CHUNK, PREFILL_END, FIRST_TOKEN, LAST_TOKEN = range(6)
 TRANSFER_START, TRANSFER_END, TRANSFER_DUE, TRANSFER_LEFT, TRANSFER_RATE, TRANSFER_SEEN = range(6, 12)

@@ -13,6 +13,7 @@ from deflector.envs.simulator.queues import (
     append,
     blocks_for,
     free_slot,
+    insert_before,
     mark_dirty,
     next_finish,
     node_base,
@@ -74,6 +75,8 @@ def end_step(w: World, node: int, now_s: float) -> None:
     set_step_end(w, node, np.inf)
     if w.i[nb + at.NUM_ABORTED] > 0:
         _let_aborted_go(w, node, now_s)
+    if w.i[nb + at.POOL] > 0:
+        _give_back_in_order(w, node)
     while w.i[nb + at.HEAP_LENGTH] > 0 and next_finish(w, node) == w.i[nb + at.ITER]:
         slot = pop_finish(w, node)
         leave_decodes(w, node, slot)
@@ -97,6 +100,24 @@ def end_step(w: World, node: int, now_s: float) -> None:
 
 
 @inner
+def _give_back_in_order(w: World, node: int) -> None:
+    """Gives back the blocks of all requests that finish now, in the order of `running`: reuse depends on it."""
+    nb = node_base(w.i, node)
+    slot = w.i[nb + at.RUN_HEAD]
+    while slot >= 0:
+        sb = slot_base(w.i, slot)
+        if w.i[sb + at.STAGE] == at.DECODING:
+            finishes = w.i[sb + at.FINISH_ITER] == w.i[nb + at.ITER]
+        else:
+            ends = w.i[sb + at.CHUNK] > 0 and w.i[sb + at.COMPUTED] + w.i[sb + at.CHUNK] == w.i[sb + at.TARGET]
+            here = w.i[sb + at.PATH] != _DISAGGREGATE or w.i[sb + at.HANDED] == 1
+            finishes = ends and here and w.i[sb + at.GENERATED] + 1 == w.i[sb + at.OUTPUT]
+        if finishes:
+            give_blocks_back(w, node, slot, w.i[sb + at.HELD])
+        slot = w.i[sb + at.NEXT]
+
+
+@inner
 def deliver(w: World, slot: int, now_s: float) -> None:
     """The KV has arrived: the prefill node forgets it, the decode node may go on."""
     sb = slot_base(w.i, slot)
@@ -111,8 +132,21 @@ def deliver(w: World, slot: int, now_s: float) -> None:
     w.i[sb + at.HELD] = 0
     refresh(w, target, now_s)
     w.i[sb + at.STAGE], w.i[sb + at.NODE] = at.READY, target
-    append(w, target, at.READY_HEAD, slot)
+    _append_ready(w, target, slot)
     wake(w, target, now_s)
+
+
+@inner
+def _append_ready(w: World, node: int, slot: int) -> None:
+    """Puts a slot into the node's list of requests whose KV is there, sorted by the start of the transfers."""
+    pull = w.i[slot_base(w.i, slot) + at.PULL]
+    after = w.i[node_base(w.i, node) + at.READY_HEAD]
+    while after >= 0 and w.i[slot_base(w.i, after) + at.PULL] < pull:
+        after = w.i[slot_base(w.i, after) + at.NEXT]
+    if after < 0:
+        append(w, node, at.READY_HEAD, slot)
+    else:
+        insert_before(w, node, at.READY_HEAD, slot, after)
 
 
 @inner

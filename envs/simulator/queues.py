@@ -78,6 +78,19 @@ def prepend(w: World, node: int, head: int, slot: int) -> None:
 
 
 @inner
+def insert_before(w: World, node: int, head: int, slot: int, after: int) -> None:
+    """Puts a slot into a list right before `after`, which is in it."""
+    before = w.i[slot_base(w.i, after) + at.PREV]
+    if before < 0:
+        prepend(w, node, head, slot)
+        return
+    sb = slot_base(w.i, slot)
+    w.i[sb + at.PREV], w.i[sb + at.NEXT] = before, after
+    w.i[slot_base(w.i, before) + at.NEXT] = slot
+    w.i[slot_base(w.i, after) + at.PREV] = slot
+
+
+@inner
 def unlink(w: World, node: int, head: int, slot: int) -> None:
     """Takes a slot out of a list."""
     nb, sb = node_base(w.i, node), slot_base(w.i, slot)

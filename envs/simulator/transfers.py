@@ -17,6 +17,8 @@ def start_transfer(w: World, slot: int, now_s: float) -> None:
     """Begins to pull a request's KV; its decode node has set the blocks aside."""
     sb, sf = slot_base(w.i, slot), slot_base_f(w.i, slot)
     w.i[sb + at.STAGE] = at.PULLING
+    w.i[sb + at.PULL] = w.i[at.H_PULLS]
+    w.i[at.H_PULLS] += 1
     w.i[sb + at.ON_WIRE] = 0
     w.f[sf + at.TRANSFER_START] = now_s
     due_s = now_s + w.nodes[w.i[sb + at.PREFILL_NODE], _SETUP]
