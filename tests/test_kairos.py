@@ -5,19 +5,18 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path as FilePath
-from typing import Literal
 
 import numpy as np
 import pytest
+from random_cases import random_cluster, random_rows
 
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField, NodeRole, NodeSpec
 from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Reason, Request, StateRow
-from deflector.envs.step_time import StepTimeProfile, profile_names
+from deflector.envs.step_time import StepTimeProfile
 from deflector.policies.policy import make_policy
 
 STATES_PER_CLUSTER = 5000
 SETTINGS = ((1.3, 1.0), (1.0, 0.5), (2.0, 0.8), (1.0, 1.0), (0.9, 1.5))
-Role = Literal["prefill", "decode", "mixed"]
 NOBODY = Decision(Path.REJECT, -1, -1, Reason.NO_DECODE_NODE)
 
 
@@ -141,51 +140,6 @@ class Algorithm1:
 
 
 # ---- compared on random states ----
-
-
-def random_cluster(seed: int) -> ClusterSpec:
-    """1P1D to 4P4D with any built-in profiles; from 16 on, with mixed nodes besides."""
-    rng = np.random.default_rng([seed, 0])
-    profiles = [*profile_names(), "a100-llama-3.1-8b:slope=2.5", "a100-deepseek-v2-lite:scale=0.5"]
-    counts: dict[Role, int] = {"prefill": 1 + seed % 4, "decode": 1 + seed // 4 % 4, "mixed": seed // 16}
-    roles = [role for role, count in counts.items() for _ in range(count)]
-    budgets = {"prefill": [512, 2048, 8192, 8192], "decode": [200, 700, 2048, 2048], "mixed": [1024, 4096]}
-    alike = rng.random() < 0.3
-    nodes = [
-        NodeSpec(
-            role=role,
-            profile="h100-llama-3.1-8b" if alike else str(rng.choice(profiles)),
-            max_num_batched_tokens=None if alike else int(rng.choice(budgets[role])),
-        )
-        for role in roles
-    ]
-    return ClusterSpec(nodes=tuple(nodes))
-
-
-def random_rows(rng: np.random.Generator, facts: ClusterFacts, count: int) -> np.ndarray:
-    """(count, rows, nodes): states of all kinds, most of them possible ones."""
-    shape = (count, facts.num_nodes)
-    rows = np.zeros((count, len(StateRow), facts.num_nodes))
-
-    def some(probability: float, low: float, high: float) -> np.ndarray:
-        """Log-uniform whole numbers, 0 elsewhere."""
-        values = np.floor(np.exp(rng.uniform(np.log(low), np.log(high), shape)))
-        return np.where(rng.random(shape) < probability, values, 0.0)
-
-    rows[:, StateRow.HEALTHY] = rng.random(shape) >= rng.choice([0.0, 0.0, 0.1, 0.6], (count, 1))
-    prefills = facts.nodes[:, NodeField.ROLE] == NodeRole.PREFILL
-    rows[:, StateRow.PREFILL_TOKENS_AHEAD] = np.where(prefills, some(0.8, 1, 200_000), some(0.15, 1, 30_000))
-    batch = np.where(prefills, 0.0, some(0.7, 1, 256))
-    rows[:, StateRow.RUNNING_DECODES] = batch
-    rows[:, StateRow.DECODE_KV_TOKENS] = np.floor(batch * np.exp(rng.uniform(3, 9, shape)))
-    rows[:, StateRow.KV_TOKENS_USED] = rows[:, StateRow.DECODE_KV_TOKENS]
-    rows[:, StateRow.INCOMING_TRANSFERS] = np.where(prefills, 0.0, some(0.4, 1, 30))
-    rows[:, StateRow.INCOMING_TOKENS] = 1000 * rows[:, StateRow.INCOMING_TRANSFERS]
-    rows[:, StateRow.DEFLECTED_IN_FLIGHT] = np.where(prefills, 0.0, some(0.2, 1, 4))
-    strictest_s = np.exp(rng.uniform(np.log(0.01), np.log(0.6), shape))
-    rows[:, StateRow.STRICTEST_TBT_SLO_S] = np.where(batch > 0, strictest_s, np.inf)
-    rows[:, StateRow.AGE_S] = rng.uniform(0, 0.1, shape)
-    return rows
 
 
 @pytest.mark.parametrize("seed", range(20))

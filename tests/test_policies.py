@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from random_cases import Case, random_case
+from random_cases import Case, random_case, random_cluster, random_rows
 from reference_simulator import ReferenceSimulator
-from test_kairos import random_cluster, random_rows
 
 from deflector.envs.backend import SimulatedBackend
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, Fault, NodeSpec

@@ -1,88 +1,18 @@
-"""The reference simulator against sums done by hand: a step takes 10 ms, 1 ms a chunk token and 1 ms a decode."""
+"""The reference simulator against sums done by hand."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from line_cluster import DECODE, PREFILL, SETUP_S, LineSpec, check_blocks, play, route, run, values, workload
 from reference_simulator import ReferenceSimulator, hash_uniform
 
-from deflector.envs.cluster import ClusterFacts, ClusterSpec, Fault, NodeField, NodeRole, NodeSpec, link_speed
-from deflector.envs.outcome import Column, Outcomes, Status
-from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Reason, Request
+from deflector.envs.cluster import ClusterSpec, Fault, NodeSpec
+from deflector.envs.outcome import Column, Status
+from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Request
 from deflector.envs.workload import Workload
-
-SETUP_S = 0.05e-3
-PREFILL, DECODE = NodeSpec(role="prefill", kv_blocks=64), NodeSpec(role="decode", kv_blocks=64)
-
-
-class LineProfile:
-    def step_time_s(self, chunk_tokens: float, q: float, batch: float, kv_tokens: float) -> float:
-        return 0.010 + 0.001 * chunk_tokens + 0.001 * batch
-
-
-class LineSpec(ClusterSpec):
-    """A cluster of nodes with a trivial profile; 1 MB of KV a token."""
-
-    link: str = "1"
-
-    def facts(self) -> ClusterFacts:
-        rows = np.zeros((len(self.expanded_nodes), len(NodeField)))
-        for row, node in zip(rows, self.expanded_nodes, strict=True):
-            speed, setup_s = link_speed(node.link or self.link)
-            row[NodeField.ROLE] = NodeRole[node.role.upper()]
-            row[NodeField.MAX_BATCHED_TOKENS] = node.token_budget
-            row[NodeField.MAX_SEQS] = node.max_num_seqs
-            row[NodeField.BLOCK_SIZE] = node.block_size
-            row[NodeField.KV_BLOCKS] = node.kv_blocks
-            row[NodeField.EGRESS_BYTES_PER_S] = row[NodeField.INGRESS_BYTES_PER_S] = speed * 1e9
-            row[NodeField.LINK_SETUP_S] = setup_s
-            row[NodeField.KV_BYTES_PER_TOKEN] = 1e6
-            row[NodeField.SLOWNESS] = node.slowness
-            row[NodeField.NOISE_SIGMA] = node.noise_sigma
-            row[NodeField.DRIFT_PER_S] = node.drift_per_s
-        return ClusterFacts(rows, np.zeros((1, 1)), cast(Any, (LineProfile(),)))
-
-
-def workload(*requests: tuple[float, int, int]) -> Workload:
-    """From (arrival, prompt, output) each."""
-    arrivals, prompts, outputs = (np.array(column) for column in zip(*requests, strict=True))
-    ones = np.ones(len(requests))
-    return Workload(arrivals.astype(float), prompts, outputs, outputs, ones, ones * 0.1, np.zeros(len(requests), int))
-
-
-def route(path: Path, decode: int, prefill: int = -1, **rule: Any) -> Decision:
-    return Decision(path, prefill, decode, Reason.POLICY_FIXED, **rule)
-
-
-def play(simulator: ReferenceSimulator, policy: Callable[[ClusterState, Request], Decision]) -> Outcomes:
-    while (asked := simulator.next_decision()) is not None:
-        simulator.apply(policy(*asked))
-        check_blocks(simulator)
-    return simulator.outcomes
-
-
-def check_blocks(simulator: ReferenceSimulator) -> None:
-    """Each node's free blocks are those that no request on it holds."""
-    for node in simulator._nodes:
-        held = sum(job.held for track in simulator._tracks for job in track.jobs if job.node is node)
-        assert node.free == node.kv_blocks - held >= 0
-
-
-def run(spec: ClusterSpec, work: Workload, *decisions: Decision) -> Outcomes:
-    """Plays a run with these decisions in order; every block must be free at its end."""
-    simulator = ReferenceSimulator(spec, work)
-    left = list(decisions)
-    outcomes = play(simulator, lambda state, request: left.pop(0))
-    assert not left
-    assert all(node.free == node.kv_blocks for node in simulator._nodes)
-    return outcomes
-
-
-def values(outcomes: Outcomes, row: int, *columns: Column) -> list[float]:
-    return [float(outcomes.table[row, column]) for column in columns]
 
 
 def test_lone_disaggregated_request() -> None:
@@ -140,6 +70,17 @@ def test_pull_waits_for_blocks_and_keeps_those_of_the_prefill_node() -> None:
     # The second prefill starts when the first KV has left (106 ms + set-up), and is pulled once the first is over.
     assert outcomes.table[1, Column.QUEUE_S] == pytest.approx(0.058 + SETUP_S + 0.048)
     assert outcomes.ttft_s[1] == pytest.approx(2 * (0.058 + SETUP_S + 0.048) + 0.011)
+
+
+def test_arrived_requests_join_in_the_order_of_their_transfers_start() -> None:
+    spec = LineSpec(nodes=(PREFILL, PREFILL, NodeSpec(role="decode", kv_blocks=64, max_num_seqs=2)))
+    work = workload((0.0, 16, 1), (0.01, 6, 1), (0.03, 100, 5))
+    first, second = route(Path.DISAGGREGATE, 2, 0), route(Path.DISAGGREGATE, 2, 1)
+    outcomes = run(spec, work, first, second, route(Path.LOCAL, 2))
+    # Both transfers start at 26 ms, the shorter ends first; at 140 ms one seat is free beside the third request.
+    transfers_s = outcomes.column(Column.TRANSFER_S)
+    assert transfers_s[1] < transfers_s[0]
+    assert outcomes.column(Column.FIRST_TOKEN_S) == pytest.approx([0.152, 0.164, 0.140])
 
 
 def test_preemption_when_kv_is_exhausted() -> None:
@@ -272,6 +213,7 @@ def cases(draw: st.DrawFn) -> tuple[ClusterSpec, Workload, int]:
         max_num_batched_tokens=st.integers(1, 64),
         max_num_seqs=st.integers(1, 4),
         noise_sigma=st.sampled_from([0.0, 0.3]),
+        prefix_caching=st.booleans(),
     )
     nodes = tuple(draw(sizes).model_copy(update={"role": role}) for role in roles)
     times = st.integers(0, 200).map(lambda hundredths: hundredths / 100)
@@ -286,8 +228,13 @@ def cases(draw: st.DrawFn) -> tuple[ClusterSpec, Workload, int]:
         report_interval_s=draw(st.sampled_from([0.0, 0.1])),
         report_loss=draw(st.sampled_from([0.0, 0.5])),
     )
-    requests = st.tuples(times, st.integers(1, 100), st.integers(1, 60))
-    return spec, workload(*sorted(draw(st.lists(requests, min_size=1, max_size=12)))), draw(st.integers(0, 2**32))
+    rows = st.tuples(times, st.integers(1, 100), st.integers(1, 60), st.sampled_from([0, 10]), st.integers(0, 6))
+    drawn = sorted(draw(st.lists(rows, min_size=1, max_size=12)))
+    requests = [(arrival_s, prompt, output) for arrival_s, prompt, output, _, _ in drawn]
+    ids = [range(family, family + min(shared, prompt // 16)) for _, prompt, _, family, shared in drawn]
+    patience = draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(1, 100)))
+    abort_s = {request: requests[request][0] + hundredths / 100 for request, hundredths in patience.items()}
+    return spec, workload(*requests, abort_s=abort_s, ids=ids), draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=150, deadline=None)
@@ -312,7 +259,7 @@ def test_each_request_ends_once_and_every_block_comes_back(case: tuple[ClusterSp
     assert not any(track.jobs for track in simulator._tracks)
     assert all(node.free == node.kv_blocks for node in simulator._nodes)
     status = outcomes.column(Column.STATUS)
-    assert np.isin(status, [Status.FINISHED, Status.REJECTED, Status.FAILED]).all()
+    assert np.isin(status, [Status.FINISHED, Status.REJECTED, Status.FAILED, Status.ABORTED]).all()
     assert np.isfinite(outcomes.column(Column.FINISH_S)).all()
     done = outcomes.finished
     assert (outcomes.column(Column.TOKENS)[done] == work.output_tokens[done]).all()

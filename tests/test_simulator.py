@@ -1,8 +1,12 @@
 """The compiled kernel against the plain-Python reference, and properties that hold whatever happens."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from random_cases import Case, random_case
+from reference_blocks import Block, BlockPool
+from reference_node import Job, Track
 from reference_simulator import ReferenceSimulator
 
 from deflector.envs.backend import SimulatedBackend
@@ -55,6 +59,13 @@ def test_every_request_ends_once_and_no_block_is_lost(first: int) -> None:
         tokens, wanted = outcomes.column(Column.TOKENS), case.workload.output_tokens
         assert (tokens[outcomes.finished] == wanted[outcomes.finished]).all()
         assert (tokens[~outcomes.finished] <= wanted[~outcomes.finished]).all()
+        if len(case.workload.abort_s):
+            finish_s, aborted = outcomes.column(Column.FINISH_S), outcomes.column(Column.STATUS) == Status.ABORTED
+            assert (finish_s[aborted] == case.workload.abort_s[aborted]).all()
+            assert (finish_s <= case.workload.abort_s)[ended].all(), f"seed {seed}: ended after its client went away"
+            first_token_s = outcomes.column(Column.FIRST_TOKEN_S)
+            assert not (first_token_s >= case.workload.abort_s).any()
+            assert (np.isnan(first_token_s) == (tokens == 0)).all()
         times = outcomes.table[:, [Column.QUEUE_S, Column.PREFILL_S, Column.TRANSFER_S, Column.TBT_P99_S]]
         assert np.nanmin(times, initial=0.0) >= 0.0
         assert np.nanmin(outcomes.admission_s, initial=0.0) >= -1e-9
@@ -71,14 +82,55 @@ def test_every_request_ends_once_and_no_block_is_lost(first: int) -> None:
             assert w.f[at.HEADER_F + node * at.NODE_F + at.KV] == 0.0
 
 
-def test_the_random_cases_hold_what_they_are_to_test() -> None:
-    held = set[str]()
+class Watched(ReferenceSimulator):
+    """A reference simulator that counts what is rare."""
+
+    def __init__(self, case: Case, held: Counter[str]) -> None:
+        super().__init__(case.spec, case.workload, seed=case.seed)
+        self.held = held
+
+    def _abort(self, track: Track) -> None:
+        self.held[f"aborted {self._stage(track)}"] += 1
+        super()._abort(track)
+
+    def _start_pull(self, pull: Job, tokens: int) -> None:
+        self.held["pulled in part"] += tokens < pull.target
+        super()._start_pull(pull, tokens)
+
+    def _stage(self, track: Track) -> str:
+        if not track.jobs:
+            return "between its nodes"
+        job = track.jobs[-1]
+        if job in job.node.waiting:
+            return "handed over" if job.pulls_from else "waiting"
+        if job in job.node.running:
+            return "prefilling for another" if job.prefill_only else "prefilling" if job.prefills else "decoding"
+        return "pulled" if job.pulls_from else "arrived"
+
+
+def test_the_random_cases_hold_what_they_are_to_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Counter[str]()
+    share, take = BlockPool.share, BlockPool.take
+
+    def watched_share(pool: BlockPool, found: list[Block]) -> None:
+        held.update("shared" if block.users else "found free" for block in found)
+        share(pool, found)
+
+    def watched_take(pool: BlockPool, count: int) -> list[Block]:
+        held["evicted"] += sum(pool.free_queue[k].contents is not None for k in range(count))
+        return take(pool, count)
+
+    monkeypatch.setattr(BlockPool, "share", watched_share)
+    monkeypatch.setattr(BlockPool, "take", watched_take)
     for seed in range(200):
         case = random_case(seed)
-        kernel = SimulatedBackend(case.spec, case.workload, seed=seed)
-        asked = play(case, kernel)
-        table = kernel.outcomes.table
-        held |= {"retried"} if len(asked) > len(case.workload) else set()
-        held |= {"preempted"} if (table[:, Column.PREEMPTIONS] > 0).any() else set()
-        held |= {Status(status).name for status in np.unique(table[:, Column.STATUS]).astype(int)}
-    assert held >= {"retried", "preempted", "FINISHED", "REJECTED", "FAILED"}
+        reference = Watched(case, held)
+        asked = play(case, reference)
+        table = reference.outcomes.table
+        held["retried"] += len(asked) - len(case.workload)
+        held["preempted"] += int(table[:, Column.PREEMPTIONS].sum())
+        held.update(Status(status).name for status in table[:, Column.STATUS].astype(int))
+    stages = "waiting", "prefilling", "prefilling for another", "handed over", "pulled", "arrived", "decoding"
+    wanted = ["retried", "preempted", "FINISHED", "REJECTED", "FAILED", "ABORTED", "found free", "shared", "evicted"]
+    wanted += ["pulled in part"] + [f"aborted {stage}" for stage in stages]
+    assert {what: held[what] for what in wanted if held[what] < 5} == {}

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deflector.envs.step_time import StepTimeProfile
+from deflector.envs.step_time import VALIDITY_MARGIN, StepTimeProfile
 
 PROMPT_SIZES = (128, 512, 2048, 8192)
 BATCH_SIZES = (1, 8, 32, 128)
@@ -53,9 +53,10 @@ def print_profile(console: Console, profile: StepTimeProfile) -> None:
         facts.add_row(name, Text(value))
     console.print(facts)
     console.print()
-    prompts = [f"{_prefill_ms(profile, tokens):.1f}" for tokens in PROMPT_SIZES]
+    sizes = [tokens for tokens in PROMPT_SIZES if tokens <= VALIDITY_MARGIN * valid.step_tokens]
+    prompts = [f"{_prefill_ms(profile, tokens):.1f}" for tokens in sizes]
     decodes = [f"{_decode_ms(profile, batch):.1f}" for batch in BATCH_SIZES]
-    _print_times(console, "prompt tokens in one step", PROMPT_SIZES, prompts)
+    _print_times(console, "prompt tokens in one step", sizes, prompts)
     _print_times(console, f"sequences of {CONTEXT_TOKENS:,} tokens, decoding", BATCH_SIZES, decodes)
 
 

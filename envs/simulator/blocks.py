@@ -40,7 +40,7 @@ def take_blocks(w: World, node: int, slot: int, count: int) -> None:
 
 @inner
 def give_blocks_back(w: World, node: int, slot: int, count: int) -> None:
-    """Gives all `count` blocks of a slot on a node back, the last one first; the pool of a caching node knows them all."""
+    """Gives all `count` blocks of a slot on a node back, the last one first; a pool knows by itself which."""
     nb = node_base(w.i, node)
     pool = w.i[nb + at.POOL]
     if pool == 0:

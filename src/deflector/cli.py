@@ -43,6 +43,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     commands.Policies: ("policies", commands.run_policies),
     commands.Trace: ("trace", commands.run_trace),
     commands.Profile: ("profile", commands.run_profile),
+    commands.CompareRun: ("compare-run", commands.run_compare_run),
 }
 """A command's flags -> its name, and what carries it out."""
 
