@@ -84,7 +84,7 @@ class DeflectionMixin:
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, num_local: int = 0, num_external: int = 0, **kwargs: Any
     ) -> int:
-        """The hook: how many of the `num_new_tokens` that it could have in this step a request gets; never 0 from us."""
+        """The hook: how many of the `num_new_tokens` that it could have a request gets in this step; never 0 of us."""
         tokens = num_new_tokens
         if self._splits_for_mamba:
             tokens = super()._mamba_block_aligned_split(  # type: ignore[misc]

@@ -16,6 +16,8 @@ from deflector.envs.state import Path
 from deflector.live.vllm_plugin.chunk_rules import plan_to_xargs
 
 OWN, SHARED = 10_000_000, 1_000_000_000
+NOTHING_BYTES = 1e-3
+"""Equal transfers that share a link end together: what rounding leaves of the second is nothing."""
 
 
 class Stage(Enum):
@@ -91,12 +93,14 @@ class Links:
             if each.source != source and each.target != target:
                 continue
             each.bytes_left -= each.rate * (now_s - each.seen_s)
+            if each.bytes_left < NOTHING_BYTES:
+                each.bytes_left = 0.0
             outgoing = sum(other.source == each.source for other in on_wire)
             incoming = sum(other.target == each.target for other in on_wire)
             egress = self.facts[each.source, NodeField.EGRESS_BYTES_PER_S] / outgoing
             ingress = self.facts[each.target, NodeField.INGRESS_BYTES_PER_S] / incoming
             each.rate, each.seen_s = float(min(egress, ingress)), now_s
-            each.due_s = now_s + max(each.bytes_left, 0.0) / each.rate
+            each.due_s = now_s + each.bytes_left / each.rate
 
 
 class VllmCluster:

@@ -103,8 +103,8 @@ class Ended(NamedTuple):
 class VllmEngine:
     """An engine core's loop around vLLM's scheduler, one step at a time.
 
-    What arrives while a step is in progress is handled as `EngineCore` does: aborts before the step's output, KV that has
-    arrived or was sent with it, new requests after it.
+    What arrives during a step is handled as `EngineCore` does: aborts before the step's output, KV that has arrived or was
+    sent with it, new requests after it.
     """
 
     def __init__(self, node: int, facts: Any, profile: StepTimeProfile, *, asynchronous: bool = False) -> None:
