@@ -25,6 +25,21 @@ PROFILE_KEY = "deflector_profile"
 logger = init_logger(__name__)
 
 
+class _TokensToCome(int):
+    """No tokens now, which vLLM must not take for "this request cannot be scheduled": its KV is about to be pulled.
+
+    Until 0.19 it asks the hook about such requests too, and compares the answer with 0.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = int.__hash__
+
+
+_TOKENS_TO_COME = _TokensToCome(0)
+
+
 class _Deflected:
     """A request with a chunk rule, and how often it had been preempted when it was last scheduled."""
 
@@ -90,6 +105,8 @@ class DeflectionMixin:
             tokens = super()._mamba_block_aligned_split(  # type: ignore[misc]
                 request, tokens, num_local, num_external, **kwargs
             )
+        if num_new_tokens == 0:
+            return _TOKENS_TO_COME
         if tokens <= 0 or not _prefills(request):
             return tokens
         start = request.num_computed_tokens + num_local + num_external

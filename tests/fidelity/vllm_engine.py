@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 logging.getLogger("vllm").setLevel(logging.ERROR)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -103,8 +104,8 @@ class Ended(NamedTuple):
 class VllmEngine:
     """An engine core's loop around vLLM's scheduler, one step at a time.
 
-    What arrives during a step is handled as `EngineCore` does: aborts before the step's output, KV that has arrived or was
-    sent with it, new requests after it.
+    What arrives during a step is handled as `EngineCore` does: aborts before the step's output, KV that has arrived or
+    was sent with it, new requests after it.
     """
 
     def __init__(self, node: int, facts: Any, profile: StepTimeProfile, *, asynchronous: bool = False) -> None:
