@@ -322,7 +322,9 @@ class ReferenceSimulator:
                     if track.aborted:
                         continue
                     if self._spec.on_death == "retry" and not track.token_times:
-                        track.result |= {Column.PREFILL_NODE: -1, Column.DECODE_NODE: -1, Column.TRANSFER_S: math.nan}
+                        track.result |= {Column.PREFILL_NODE: -1, Column.DECODE_NODE: -1}
+                        if track.decision.path == Path.DISAGGREGATE:
+                            track.result[Column.TRANSFER_S] = math.nan
                         to_reroute.append(track)
                     else:
                         self._end(track, Status.FAILED)
