@@ -25,7 +25,7 @@ def deflector(*arguments: str | Path, stdout: int = subprocess.PIPE) -> subproce
     """A process of its own."""
     command = [sys.executable, "-m", "deflector", *map(str, arguments)]
     wide = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, env=wide)
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=400, env=wide)
 
 
 @pytest.fixture(name="refused")

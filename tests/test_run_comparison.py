@@ -354,7 +354,10 @@ def refused_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return refused
 
 
-def test_compare_run_writes_figures_and_picture(tight: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_compare_run_writes_figures_and_picture(
+    tight: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     out, picture = tmp_path / "run.json", tmp_path / "run.png"
     flags = ["--kv-blocks", str(BLOCKS), "--step-constant-ms", str(CONSTANT_MS), "--no-prefix-caching"]
     assert run(["compare-run", str(tight), *flags, "--json", str(out), "--plot", str(picture)]) == 0

@@ -27,13 +27,15 @@ def print_comparison(console: Console, title: str, comparison: RunComparison) ->
     console.print(facts)
     console.print()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    table.add_column("\n")
+    table.add_column("requests", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for head in ("measured", "simulated", "error"):
+        table.add_column(head, justify="right", no_wrap=True)
     for part in PARTS:
-        for head in (f"{part}\nmeasured", "\nsimulated", "\nerror"):
-            table.add_column(head, justify="right", no_wrap=True)
-    for metric in METRICS:
-        for statistic in STATISTICS:
-            table.add_row(*_row(comparison, metric, statistic), end_section=statistic == STATISTICS[-1])
+        for metric in METRICS:
+            for statistic in STATISTICS:
+                first, last = (metric, statistic) == (METRICS[0], STATISTICS[0]), statistic == STATISTICS[-1]
+                table.add_row(part if first else "", *_row(comparison, metric, statistic, part), end_section=last)
     console.print(table)
     for note in comparison.notes:
         console.print(note, style="dim", highlight=False)
@@ -58,16 +60,13 @@ def _facts(comparison: RunComparison) -> list[tuple[str, str]]:
     ]
 
 
-def _row(comparison: RunComparison, metric: str, statistic: str) -> list[Text]:
+def _row(comparison: RunComparison, metric: str, statistic: str, part: str) -> list[Text]:
     name, factor, unit = _UNITS[metric]
     label = f"{name} {'mean' if statistic == 'mean' else statistic.upper()}, {unit}"
-    cells = [Text(label)]
-    for part in PARTS:
-        measured = comparison.measured.figure(metric, statistic, part) * factor
-        simulated = comparison.simulated.figure(metric, statistic, part) * factor
-        error = Text(f"{comparison.error(metric, statistic, part) * 100:+.1f} %", style="bold")
-        cells += [Text(_digits(measured)), Text(_digits(simulated)), error]
-    return cells
+    measured = comparison.measured.figure(metric, statistic, part) * factor
+    simulated = comparison.simulated.figure(metric, statistic, part) * factor
+    error = Text(f"{comparison.error(metric, statistic, part) * 100:+.1f} %", style="bold")
+    return [Text(label), Text(_digits(measured)), Text(_digits(simulated)), error]
 
 
 def _digits(value: float) -> str:

@@ -18,6 +18,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import torch
 import vllm
 from emulated_connector import EmulatedConnector
+from older_vllm import as_newer
 from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -127,6 +128,7 @@ class VllmEngine:
         self._late_aborts: list[str] = []
         self._received: dict[str, None] = {}
         self._sent: dict[str, None] = {}
+        as_newer(self)
 
     def _scheduler(self, seqs: int, budget: int, profile: str, asynchronous: bool) -> Any:
         base = base_config()
@@ -221,8 +223,7 @@ class VllmEngine:
         for name, tokens in scheduled.items():
             request = self.scheduler.requests[name]
             computed = request.num_computed_tokens - tokens
-            pulled = self.role == NodeRole.DECODE and request.kv_transfer_params and request.num_preemptions == 0
-            if name in self.decoding or pulled:
+            if name in self.decoding or self.is_pulled(request):
                 decodes += 1
                 kv_tokens += computed
             else:
@@ -244,6 +245,10 @@ class VllmEngine:
             kv_blocks_used=self.blocks - self.free_blocks,
             waiting=tuple(int(request.request_id) for request in waiting),
         )
+
+    def is_pulled(self, request: Any) -> bool:
+        """Whether the request's KV came from a prefill engine and was not lost since."""
+        return self.role == NodeRole.DECODE and bool(request.kv_transfer_params) and request.num_preemptions == 0
 
     @property
     def free_blocks(self) -> int:
