@@ -37,6 +37,11 @@ def test_random_workloads_are_scheduled_alike(batch: int) -> None:
         assert not compare(seeded_case(seed)).difference
 
 
+def test_asynchronous_engines_schedule_alike() -> None:
+    for seed in range(1000, 1010):
+        assert not compare(seeded_case(seed), asynchronous=True).difference
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_small_workloads_are_scheduled_alike(shape: str) -> None:
     @settings(max_examples=60, suppress_health_check=list(HealthCheck))
