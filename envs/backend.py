@@ -49,9 +49,7 @@ class SimulatedBackend:
 
     def reset(self, seed: int) -> None:
         """Begins the same workload anew with another seed of noise and report loss."""
-        self.world = at.new_world(
-            self._spec, self.facts, self._workload, seed=seed, count_from_s=self._count_from_s
-        )
+        self.world = at.new_world(self._spec, self.facts, self._workload, seed=seed, count_from_s=self._count_from_s)
 
     def next_arrival(self) -> tuple[ClusterState, Request] | None:
         """Plays on to the next request that waits to be routed; None once there are no more."""

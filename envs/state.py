@@ -67,6 +67,8 @@ class Reason(IntEnum):
     """A length or load threshold sent it to a prefill node."""
     LOWEST_COST = 9
     """The cheapest of all candidates by predicted cost."""
+    CHOSEN = 10
+    """An agent or a learned policy chose this action."""
 
 
 @dataclass(frozen=True, slots=True)

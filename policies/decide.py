@@ -1,10 +1,10 @@
 """The one compiled door to all analytical policies."""
 
 from deflector.envs.compiled import inner
+from deflector.envs.question import Question
 from deflector.policies import registry
 from deflector.policies.kairos import kairos, never
 from deflector.policies.least_ttft import least_ttft
-from deflector.policies.question import Question
 from deflector.policies.simple import always, conditional, least_loaded, prompt_threshold, round_robin
 from deflector.policies.slo_price import slo_price
 

@@ -11,38 +11,24 @@ deflects even without a queue.
 import numpy as np
 
 from deflector.envs.compiled import inner
-from deflector.envs.simulator import layout as at
-from deflector.envs.state import Reason
-from deflector.policies.estimates import decode_path_s, prefill_path_s, tbt_limit_s
-from deflector.policies.question import (
+from deflector.envs.estimates import best_prefill_node, decode_path_s, tbt_limit_s
+from deflector.envs.question import (
     AHEAD,
     DEFLECTED,
     Question,
     answer_deflect,
     answer_disaggregate,
     can_decode,
-    can_prefill,
     least_loaded_decode_node,
 )
+from deflector.envs.simulator import layout as at
+from deflector.envs.state import Reason
 
 _PREFILL_FASTER, _DEFLECT_FASTER = int(Reason.PREFILL_PATH_FASTER), int(Reason.DEFLECT_FASTER)
 _NO_FEASIBLE, _AT_RISK = int(Reason.NO_FEASIBLE_DECODE_NODE), int(Reason.TTFT_SLO_AT_RISK)
 _FIXED = int(Reason.POLICY_FIXED)
 
 ALPHA, BETA = 0, 1
-
-
-@inner
-def best_prefill_node(q: Question) -> int:
-    """The prefill node with the smallest printed TTFT, which it writes into the answer; -1 if there is none."""
-    best, soonest_s = -1, np.inf
-    for node in range(q.rows.shape[1]):
-        if can_prefill(q, node):
-            ttft_s = prefill_path_s(q, node)
-            if ttft_s < soonest_s:
-                best, soonest_s = node, ttft_s
-    q.answer[at.D_TTFT_PREFILL] = soonest_s
-    return best
 
 
 @inner

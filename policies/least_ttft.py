@@ -7,19 +7,16 @@ node that has prefills waiting may still take another: its tokens ahead are serv
 import numpy as np
 
 from deflector.envs.compiled import inner
-from deflector.envs.simulator import layout as at
-from deflector.envs.state import Reason
-from deflector.policies.estimates import (
+from deflector.envs.estimates import (
     decode_path_s,
-    mixed_step_s,
+    join_s,
     own_prefill_s,
     tbt_limit_s,
     transfer_s,
+    wait_on_decode_node_s,
     work_ahead_s,
 )
-from deflector.policies.question import (
-    AHEAD,
-    DECODES,
+from deflector.envs.question import (
     Question,
     answer_deflect,
     answer_disaggregate,
@@ -27,27 +24,12 @@ from deflector.policies.question import (
     can_decode,
     can_prefill,
 )
+from deflector.envs.simulator import layout as at
+from deflector.envs.state import Reason
 
 _PREFILL_FASTER, _DEFLECT_FASTER = int(Reason.PREFILL_PATH_FASTER), int(Reason.DEFLECT_FASTER)
 
 BETA = 0
-AHEAD_CHUNK_TOKENS = 512
-
-
-@inner
-def join_s(q: Question, target: int) -> float:
-    """From the arrival of the KV to the first token: half a step of waiting, and a step."""
-    return (1.5 if q.rows[DECODES, target] > 0 else 1.0) * mixed_step_s(q, target, 0, 0, 1)
-
-
-@inner
-def wait_on_decode_node_s(q: Question, node: int) -> float:
-    """Seconds until a decode node has worked off the prompt tokens deflected to it before, in chunks of 512."""
-    ahead = q.rows[AHEAD, node]
-    if ahead <= 0:
-        return 0.0
-    chunk = int(min(ahead, AHEAD_CHUNK_TOKENS))
-    return ahead / chunk * mixed_step_s(q, node, chunk, 0, 0)
 
 
 @inner

@@ -5,11 +5,12 @@ from typing import Protocol
 import numpy as np
 
 from deflector.envs.compiled import entry
+from deflector.envs.question import MEMORY, Question
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray
-from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Reason, Request
+from deflector.envs.simulator.routing import decode_decision
+from deflector.envs.state import ClusterState, Decision, Request
 from deflector.policies.decide import decide
-from deflector.policies.question import MEMORY, Question
 from deflector.policies.registry import PolicySpec, parse_policy
 
 
@@ -44,7 +45,7 @@ class AnalyticalPolicy:
             self._number, state.now_s, request.prompt_tokens, request.ttft_slo_s, request.tbt_slo_s, state.rows,
             facts.nodes, facts.tables, self._parameters, self._memory, self._answer,
         )  # fmt: skip
-        return decode_answer(self._answer)
+        return decode_decision(self._answer)
 
 
 def make_policy(text: str) -> Policy:
@@ -54,23 +55,6 @@ def make_policy(text: str) -> Policy:
         InputError: If there is none of that name, or a parameter is off.
     """
     return AnalyticalPolicy(parse_policy(text))
-
-
-def decode_answer(flat: FloatArray) -> Decision:
-    """The flat array that compiled code writes, as a decision."""
-    values = flat.tolist()
-    runs = values[at.D_RUNS : at.D_RUNS + 2 * int(values[at.D_NUM_RUNS])]
-    return Decision(
-        path=Path(int(values[at.D_PATH])),
-        prefill_node=int(values[at.D_PREFILL]),
-        decode_node=int(values[at.D_DECODE]),
-        reason=Reason(int(values[at.D_REASON])),
-        chunk_rule=ChunkRule(int(values[at.D_RULE])),
-        chunk_runs=tuple((int(a), int(b)) for a, b in zip(runs[::2], runs[1::2], strict=True)),
-        tbt_budget_s=values[at.D_BUDGET],
-        ttft_prefill_path_s=values[at.D_TTFT_PREFILL],
-        ttft_decode_path_s=values[at.D_TTFT_DECODE],
-    )
 
 
 @entry

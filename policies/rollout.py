@@ -11,6 +11,7 @@ from deflector.envs.backend import SimulatedBackend
 from deflector.envs.cluster import ClusterSpec
 from deflector.envs.compiled import entry
 from deflector.envs.outcome import NUM_COLUMNS, Outcomes
+from deflector.envs.question import MEMORY, Question
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.events import advance
 from deflector.envs.simulator.gaps import gap_percentile
@@ -21,7 +22,6 @@ from deflector.envs.state import StateRow
 from deflector.envs.workload import Workload
 from deflector.policies.decide import decide
 from deflector.policies.policy import make_policy
-from deflector.policies.question import MEMORY, Question
 from deflector.policies.registry import parse_policy
 
 
@@ -47,9 +47,7 @@ class Rollout:
         return [float(gap_percentile(self.log, float(percent))) for percent in percents]
 
 
-def rollout(
-    spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0, warmup_s: float = 0.0
-) -> Rollout:
+def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0, warmup_s: float = 0.0) -> Rollout:
     """Plays a workload to its end under an analytical policy; releases the interpreter's lock meanwhile.
 
     Args:
@@ -78,9 +76,7 @@ def rollout(
         if code == at.DONE:
             break
         world = grown(world, code)
-    outcomes = Outcomes(
-        workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, world.requests[:, :NUM_COLUMNS]
-    )
+    outcomes = Outcomes(workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, world.requests[:, :NUM_COLUMNS])
     return Rollout(outcomes, int(world.i[at.H_ITERATIONS]), world.log[: int(world.i[at.H_LOG_LENGTH])])
 
 

@@ -1,9 +1,8 @@
 """Rules that look at one number or none: what routers do today, and the two extremes."""
 
 from deflector.envs.compiled import inner
-from deflector.envs.state import Reason
-from deflector.policies.estimates import tbt_limit_s
-from deflector.policies.question import (
+from deflector.envs.estimates import tbt_limit_s
+from deflector.envs.question import (
     AHEAD,
     BLOCK_SIZE,
     KV_BLOCKS,
@@ -18,6 +17,7 @@ from deflector.policies.question import (
     shortest_prefill_queue,
     use_largest_safe,
 )
+from deflector.envs.state import Reason
 
 _FIXED, _BELOW, _ABOVE = int(Reason.POLICY_FIXED), int(Reason.BELOW_THRESHOLD), int(Reason.ABOVE_THRESHOLD)
 

@@ -25,18 +25,18 @@ import math
 import numpy as np
 
 from deflector.envs.compiled import inner
-from deflector.envs.simulator import layout as at
-from deflector.envs.state import CHUNK_CANDIDATES, Reason
-from deflector.policies.estimates import (
+from deflector.envs.estimates import (
+    capped_path,
     decode_path_s,
+    join_s,
     mixed_step_s,
     own_prefill_s,
     tbt_limit_s,
     transfer_s,
+    wait_on_decode_node_s,
     work_ahead_s,
 )
-from deflector.policies.least_ttft import join_s, wait_on_decode_node_s
-from deflector.policies.question import (
+from deflector.envs.question import (
     BLOCK_SIZE,
     BUDGET,
     DECODES,
@@ -53,6 +53,8 @@ from deflector.policies.question import (
     use_cap,
     use_largest_safe,
 )
+from deflector.envs.simulator import layout as at
+from deflector.envs.state import CHUNK_CANDIDATES, Reason
 
 _LOWEST_COST = int(Reason.LOWEST_COST)
 
@@ -98,7 +100,7 @@ def slo_price(q: Question) -> None:
             if candidate == SAFE:
                 occupied_s, breaches = decode_path_s(q, d, limit_s), 0.0
             else:
-                occupied_s, breaches = _capped_path(q, d, candidate, limit_s)
+                occupied_s, breaches = capped_path(q, d, candidate, limit_s)
             if occupied_s == np.inf:
                 continue
             harm = q.rows[DECODES, d] * min(1.0, breaches / STEPS_TO_LOSE_TBT)
@@ -159,27 +161,3 @@ def _join_harm(q: Question, node: int) -> float:
     capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
     full = q.rows[KV_USED, node] + q.rows[INCOMING_TOKENS, node] + q.prompt_tokens > capacity
     return over * (1 + others) + (1.0 if full else 0.0)
-
-
-@inner
-def _capped_path(q: Question, node: int, cap: int, limit_s: float) -> tuple[float, float]:
-    """Seconds that the prompt needs in chunks of `cap`, and how many of its steps break the TBT limit.
-
-    Whole chunks take times that grow linearly with the context, so their sum is that of a trapezoid.
-    """
-    whole = q.prompt_tokens // cap
-    rest = q.prompt_tokens - whole * cap
-    total_s, breaches = 0.0, 0.0
-    if whole > 0:
-        first_s = mixed_step_s(q, node, cap, 0, 0)
-        last_s = mixed_step_s(q, node, cap, (whole - 1) * cap, 0)
-        total_s = 0.5 * whole * (first_s + last_s)
-        if first_s > limit_s:
-            breaches = float(whole)
-        elif last_s > limit_s:
-            breaches = whole * (last_s - limit_s) / (last_s - first_s)
-    if rest > 0:
-        rest_s = mixed_step_s(q, node, rest, whole * cap, 0)
-        total_s += rest_s
-        breaches += 1.0 if rest_s > limit_s else 0.0
-    return total_s, breaches

@@ -15,7 +15,7 @@ from deflector.envs.outcome import Column, Status
 from deflector.envs.simulator import layout as at
 from deflector.envs.state import StateRow
 from deflector.envs.workload import Workload
-from deflector.policies.question import MEMORY
+from deflector.envs.question import MEMORY
 from deflector.policies.registry import parse_policy
 from deflector.policies.rollout import _play
 

@@ -9,7 +9,7 @@ from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import World
 from deflector.envs.simulator.lifecycle import close, queue_prefill
 from deflector.envs.simulator.queues import blocks_for, node_base, slot_base, slot_base_f
-from deflector.envs.state import Decision, Path
+from deflector.envs.state import ChunkRule, Decision, Path, Reason
 
 _ROLE, _KV_BLOCKS = int(NodeField.ROLE), int(NodeField.KV_BLOCKS)
 _ROLE_PREFILL, _ROLE_DECODE = int(NodeRole.PREFILL), int(NodeRole.DECODE)
@@ -82,3 +82,20 @@ def encode_decision(decision: Decision) -> at.FloatArray:
     flat[at.D_NUM_RUNS] = len(decision.chunk_runs)
     flat[at.D_RUNS : at.D_RUNS + 2 * len(decision.chunk_runs)] = np.ravel(decision.chunk_runs)
     return flat
+
+
+def decode_decision(flat: at.FloatArray) -> Decision:
+    """The flat array that compiled code writes, as a decision."""
+    values = flat.tolist()
+    runs = values[at.D_RUNS : at.D_RUNS + 2 * int(values[at.D_NUM_RUNS])]
+    return Decision(
+        path=Path(int(values[at.D_PATH])),
+        prefill_node=int(values[at.D_PREFILL]),
+        decode_node=int(values[at.D_DECODE]),
+        reason=Reason(int(values[at.D_REASON])),
+        chunk_rule=ChunkRule(int(values[at.D_RULE])),
+        chunk_runs=tuple((int(a), int(b)) for a, b in zip(runs[::2], runs[1::2], strict=True)),
+        tbt_budget_s=values[at.D_BUDGET],
+        ttft_prefill_path_s=values[at.D_TTFT_PREFILL],
+        ttft_decode_path_s=values[at.D_TTFT_DECODE],
+    )

@@ -80,4 +80,3 @@ def test_a_planted_difference_is_seen(data: st.DataObject) -> None:
     )
     assert first_difference([*steps[:number], changed, *steps[number + 1 :]], steps)
     assert first_difference([*steps[:number], *steps[number + 1 :]], steps)
-

@@ -64,7 +64,10 @@ def base_config() -> VllmConfig:
         Path(folder, "config.json").write_text(json.dumps(MODEL))
         model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=LONGEST)
         scheduler = SchedulerConfig(
-            max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=LONGEST, is_encoder_decoder=False,
+            max_num_seqs=256,
+            max_num_batched_tokens=8192,
+            max_model_len=LONGEST,
+            is_encoder_decoder=False,
             disable_hybrid_kv_cache_manager=True,
         )
         return VllmConfig(

@@ -7,10 +7,7 @@ import numpy as np
 
 from deflector.envs.cluster import NodeField
 from deflector.envs.compiled import inner
-from deflector.envs.simulator import layout as at
-from deflector.envs.simulator.timing import step_time
-from deflector.envs.state import CHUNK_CANDIDATES, MAX_CHUNK_RUNS
-from deflector.policies.question import (
+from deflector.envs.question import (
     AHEAD,
     BUDGET,
     DECODE_KV,
@@ -19,10 +16,17 @@ from deflector.policies.question import (
     RULE_SCHEDULE,
     STRICTEST_TBT,
     Question,
+    can_prefill,
 )
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.timing import step_time
+from deflector.envs.state import CHUNK_CANDIDATES, MAX_CHUNK_RUNS
 
 _SETUP, _BYTES = int(NodeField.LINK_SETUP_S), int(NodeField.KV_BYTES_PER_TOKEN)
 _OUT, _IN = int(NodeField.EGRESS_BYTES_PER_S), int(NodeField.INGRESS_BYTES_PER_S)
+
+
+AHEAD_CHUNK_TOKENS = 512
 
 
 @inner
@@ -128,3 +132,56 @@ def decode_path_s(q: Question, node: int, limit_s: float) -> float:
     q.answer[at.D_NUM_RUNS] = runs
     q.answer[at.D_RULE] = RULE_SCHEDULE
     return total_s
+
+
+@inner
+def capped_path(q: Question, node: int, cap: int, limit_s: float) -> tuple[float, float]:
+    """Seconds that the prompt needs in chunks of `cap`, and how many of its steps break the TBT limit.
+
+    Whole chunks take times that grow linearly with the context, so their sum is that of a trapezoid.
+    """
+    whole = q.prompt_tokens // cap
+    rest = q.prompt_tokens - whole * cap
+    total_s, breaches = 0.0, 0.0
+    if whole > 0:
+        first_s = mixed_step_s(q, node, cap, 0, 0)
+        last_s = mixed_step_s(q, node, cap, (whole - 1) * cap, 0)
+        total_s = 0.5 * whole * (first_s + last_s)
+        if first_s > limit_s:
+            breaches = float(whole)
+        elif last_s > limit_s:
+            breaches = whole * (last_s - limit_s) / (last_s - first_s)
+    if rest > 0:
+        rest_s = mixed_step_s(q, node, rest, whole * cap, 0)
+        total_s += rest_s
+        breaches += 1.0 if rest_s > limit_s else 0.0
+    return total_s, breaches
+
+
+@inner
+def join_s(q: Question, target: int) -> float:
+    """From the arrival of the KV to the first token: half a step of waiting, and a step."""
+    return (1.5 if q.rows[DECODES, target] > 0 else 1.0) * mixed_step_s(q, target, 0, 0, 1)
+
+
+@inner
+def wait_on_decode_node_s(q: Question, node: int) -> float:
+    """Seconds until a decode node has worked off the prompt tokens deflected to it before, in chunks of 512."""
+    ahead = q.rows[AHEAD, node]
+    if ahead <= 0:
+        return 0.0
+    chunk = int(min(ahead, AHEAD_CHUNK_TOKENS))
+    return ahead / chunk * mixed_step_s(q, node, chunk, 0, 0)
+
+
+@inner
+def best_prefill_node(q: Question) -> int:
+    """The prefill node with the smallest printed TTFT, which it writes into the answer; -1 if there is none."""
+    best, soonest_s = -1, np.inf
+    for node in range(q.rows.shape[1]):
+        if can_prefill(q, node):
+            ttft_s = prefill_path_s(q, node)
+            if ttft_s < soonest_s:
+                best, soonest_s = node, ttft_s
+    q.answer[at.D_TTFT_PREFILL] = soonest_s
+    return best

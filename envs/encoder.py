@@ -1,0 +1,59 @@
+"""The door of observations and actions for whoever holds a `ClusterState`: policies in a router, tests, notebooks."""
+
+import numpy as np
+
+from deflector.envs.actions import answer_action
+from deflector.envs.compiled import entry
+from deflector.envs.observation import Mask, Observation, encode
+from deflector.envs.question import MEMORY, Question
+from deflector.envs.schema import Schema
+from deflector.envs.simulator.layout import DECISION_LENGTH, FloatArray
+from deflector.envs.simulator.routing import decode_decision
+from deflector.envs.state import ClusterState, Decision, Request
+
+
+class Encoder:
+    """Turns states into observations and actions into decisions; remembers the recent rate of arrivals."""
+
+    def __init__(self, schema: Schema) -> None:
+        """An encoder that has seen no request yet."""
+        self.schema = schema
+        self._answer = np.zeros(DECISION_LENGTH)
+        self._no_parameters = np.zeros(0)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the requests seen."""
+        self._memory = np.zeros(MEMORY)
+
+    def encode(self, state: ClusterState, request: Request) -> tuple[Observation, Mask]:
+        """(observation_length,) float32 and (num_actions,) bool of an arriving request; to be called once for each."""
+        seen = np.empty(self.schema.observation_length, np.float32)
+        mask = np.empty(self.schema.num_actions, np.bool_)
+        scratch = np.empty(state.facts.num_nodes)
+        _encode(self._question(state, request), request.max_output_tokens, self.schema.estimates, scratch, seen, mask)
+        return seen, mask
+
+    def decision(self, state: ClusterState, request: Request, action: int) -> Decision:
+        """What an action means; one that is impossible means the default route."""
+        self._answer.fill(np.nan)
+        _answer(self._question(state, request), action)
+        return decode_decision(self._answer)
+
+    def _question(self, state: ClusterState, request: Request) -> Question:
+        return Question(
+            state.now_s, request.prompt_tokens, request.ttft_slo_s, request.tbt_slo_s, state.rows, state.facts.nodes,
+            state.facts.tables, self._no_parameters, self._memory, self._answer,
+        )  # fmt: skip
+
+
+@entry
+def _encode(
+    q: Question, max_output_tokens: int, estimates: bool, scratch: FloatArray, seen: Observation, mask: Mask
+) -> None:
+    encode(q, max_output_tokens, estimates, scratch, seen, mask)
+
+
+@entry
+def _answer(q: Question, action: int) -> None:
+    answer_action(q, action)

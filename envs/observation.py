@@ -1,0 +1,217 @@
+"""An observation and its action mask from what a router knows; compiled, for environments and routers alike."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from deflector.envs.actions import DEFAULT_ACTION
+from deflector.envs.cluster import NodeField, NodeRole
+from deflector.envs.compiled import inner
+from deflector.envs.estimates import (
+    capped_path,
+    decode_path_s,
+    join_s,
+    mixed_step_s,
+    own_prefill_s,
+    prefill_path_s,
+    tbt_limit_s,
+    transfer_s,
+    wait_on_decode_node_s,
+    work_ahead_s,
+)
+from deflector.envs.question import (
+    BLOCK_SIZE,
+    DECODES,
+    DEFLECTED,
+    INCOMING,
+    INCOMING_TOKENS,
+    KV_BLOCKS,
+    KV_USED,
+    ROLE,
+    Question,
+    can_decode,
+    can_prefill,
+)
+from deflector.envs.schema import CAPS_TOKENS, RATE_WINDOWS_S, RULES, TOP, Cluster, Decode, Prefill, Rule
+from deflector.envs.simulator.layout import FloatArray
+from deflector.envs.state import StateRow
+
+Observation = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+STEPS_TO_LOSE_TBT = 2.0
+"""A request of a few hundred tokens loses its P99 with its second or third late step."""
+LONGEST_TTFT_SLO_S, LONGEST_TBT_SLO_S = 600.0, 60.0
+
+_AGE, _MAX_SEQS = int(StateRow.AGE_S), int(NodeField.MAX_SEQS)
+_DECODE_ONLY, _PREFILL_ONLY = int(NodeRole.DECODE), int(NodeRole.PREFILL)
+_SHORT_S, _LONG_S = RATE_WINDOWS_S
+_LARGE_TOKENS, _SMALL_TOKENS = CAPS_TOKENS
+_WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
+
+_C_PROMPT, _C_MAX_OUTPUT, _C_TTFT_SLO = int(Cluster.PROMPT), int(Cluster.MAX_OUTPUT), int(Cluster.TTFT_SLO)
+_C_TBT_SLO, _C_OWN, _C_SHORT = int(Cluster.TBT_SLO), int(Cluster.OWN_PREFILL), int(Cluster.WORK_RATE_SHORT)
+_C_LONG, _C_DECODE_RATE = int(Cluster.WORK_RATE_LONG), int(Cluster.DECODE_RATE)
+_C_PREFILL_TTFT, _C_DECODE_TTFT = int(Cluster.PREFILL_TTFT), int(Cluster.DECODE_TTFT)
+_C_PREFILLS, _C_DECODES = int(Cluster.PREFILL_NODES), int(Cluster.DECODE_NODES)
+_P_PRESENT, _P_AHEAD, _P_SHARE = int(Prefill.PRESENT), int(Prefill.AHEAD), int(Prefill.AHEAD_SHARE)
+_P_TTFT, _P_KV, _P_AGE = int(Prefill.TTFT), int(Prefill.KV_USED), int(Prefill.AGE)
+_D_PRESENT, _D_DECODES, _D_BATCH = int(Decode.PRESENT), int(Decode.DECODES), int(Decode.BATCH_SHARE)
+_D_KV, _D_KV_AFTER, _D_INCOMING = int(Decode.KV_USED), int(Decode.KV_AFTER), int(Decode.INCOMING)
+_D_DEFLECTED, _D_WAIT, _D_WAIT_SHARE = int(Decode.DEFLECTED), int(Decode.WAIT), int(Decode.WAIT_SHARE)
+_D_STRICTEST, _D_AGE, _D_STEP = int(Decode.STRICTEST_TBT), int(Decode.AGE), int(Decode.STEP)
+_D_STEP_AFTER, _D_JOIN, _D_PLANNED = int(Decode.STEP_AFTER), int(Decode.JOIN_TTFT), int(Decode.PLANNED_TTFT)
+_D_FEASIBLE, _D_OCCUPIED = int(Decode.FEASIBLE), int(Decode.OCCUPIED)
+_D_LARGE, _D_LARGE_BREACH = int(Decode.LARGE_TTFT), int(Decode.LARGE_BREACH)
+_D_SMALL, _D_SMALL_BREACH = int(Decode.SMALL_TTFT), int(Decode.SMALL_BREACH)
+_JOIN, _PLANNED, _SAFE = int(Rule.JOIN), int(Rule.PLANNED), int(Rule.SAFE)
+_LARGE, _SMALL = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL)
+
+# What an encoder keeps from one request to the next, in `Question.memory`.
+_LAST_ARRIVAL, _SHORT_COUNT, _SHORT_WORK, _LONG_WORK = range(4)
+
+
+@inner
+def encode(
+    q: Question, max_output_tokens: int, estimates: bool, scratch: FloatArray, seen: Observation, mask: Mask
+) -> None:
+    """Writes the observation of a routing question and its mask; once per arriving request.
+
+    Args:
+        q: The question; `q.memory` is the encoder's own, zero before its first request.
+        max_output_tokens: What the client allows.
+        estimates: Whether to write the analytical predictions; they are zero otherwise.
+        scratch: (>= num_nodes,) float64.
+        seen: (`Schema.observation_length`,) float32.
+        mask: (`Schema.num_actions`,) bool.
+    """
+    for k in range(len(seen)):
+        seen[k] = 0.0
+    for k in range(len(mask)):
+        mask[k] = False
+    mask[DEFAULT_ACTION] = True
+    own_s, prefill_ttft_s, prefill_nodes, row = np.inf, np.inf, 0, _WIDTH
+    slo_s = min(q.ttft_slo_s, LONGEST_TTFT_SLO_S)
+    room = (len(mask) - 1) // RULES
+    first_decode_row = len(seen) - room * _DECODE_WIDTH
+    for node in range(q.rows.shape[1]):
+        if q.nodes[node, ROLE] == _DECODE_ONLY:
+            continue
+        if can_prefill(q, node):
+            alone_s, ahead_s, ttft_s = own_prefill_s(q, node), work_ahead_s(q, node), prefill_path_s(q, node)
+            scratch[node] = alone_s + ahead_s
+            own_s, prefill_ttft_s = min(own_s, alone_s), min(prefill_ttft_s, ttft_s)
+            prefill_nodes += 1
+            if row < first_decode_row:
+                seen[row + _P_PRESENT] = 1.0
+                seen[row + _P_AHEAD] = _folded(ahead_s)
+                seen[row + _P_SHARE] = _folded(ahead_s / slo_s)
+                seen[row + _P_TTFT] = _folded(ttft_s / slo_s) if estimates else 0.0
+                seen[row + _P_KV] = q.rows[KV_USED, node] / (q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE])
+                seen[row + _P_AGE] = _folded(10.0 * q.rows[_AGE, node])
+        row += _PREFILL_WIDTH
+    decode_ttft_s, decode_nodes, number = np.inf, 0, 0
+    for node in range(q.rows.shape[1]):
+        if q.nodes[node, ROLE] == _PREFILL_ONLY:
+            continue
+        if can_decode(q, node):
+            decode_nodes += 1
+            if number < room:
+                row = first_decode_row + number * _DECODE_WIDTH
+                ttft_s = _encode_decode_node(q, node, slo_s, estimates, scratch, seen, row, mask, 1 + number * RULES)
+                decode_ttft_s = min(decode_ttft_s, ttft_s)
+        number += 1
+    _encode_cluster(q, max_output_tokens, slo_s, own_s, prefill_nodes, decode_nodes, seen)
+    if estimates:
+        seen[_C_PREFILL_TTFT] = _folded(prefill_ttft_s / slo_s)
+        seen[_C_DECODE_TTFT] = _folded(decode_ttft_s / slo_s)
+
+
+@inner
+def _folded(value: float) -> float:
+    """log(1 + value) for value >= 0, at most TOP."""
+    return min(math.log(1.0 + value), TOP)
+
+
+@inner
+def _encode_cluster(
+    q: Question,
+    max_output_tokens: int,
+    slo_s: float,
+    own_s: float,
+    prefill_nodes: int,
+    decode_nodes: int,
+    seen: Observation,
+) -> None:
+    work_s = own_s if own_s < np.inf else 0.0
+    passed_s = q.now_s - q.memory[_LAST_ARRIVAL]
+    short, long = math.exp(-passed_s / _SHORT_S), math.exp(-passed_s / _LONG_S)
+    q.memory[_LAST_ARRIVAL] = q.now_s
+    q.memory[_SHORT_COUNT] = q.memory[_SHORT_COUNT] * short + 1.0
+    q.memory[_SHORT_WORK] = q.memory[_SHORT_WORK] * short + work_s
+    q.memory[_LONG_WORK] = q.memory[_LONG_WORK] * long + work_s
+    seen[_C_PROMPT] = _folded(q.prompt_tokens / 1024.0)
+    seen[_C_MAX_OUTPUT] = _folded(max_output_tokens / 1024.0)
+    seen[_C_TTFT_SLO] = _folded(slo_s)
+    seen[_C_TBT_SLO] = _folded(10.0 * min(q.tbt_slo_s, LONGEST_TBT_SLO_S))
+    seen[_C_OWN] = _folded(work_s / slo_s)
+    seen[_C_SHORT] = _folded(q.memory[_SHORT_WORK] / (_SHORT_S * max(prefill_nodes, 1)))
+    seen[_C_LONG] = _folded(q.memory[_LONG_WORK] / (_LONG_S * max(prefill_nodes, 1)))
+    seen[_C_DECODE_RATE] = _folded(q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1)))
+    seen[_C_PREFILLS], seen[_C_DECODES] = _folded(prefill_nodes), _folded(decode_nodes)
+
+
+@inner
+def _encode_decode_node(
+    q: Question,
+    node: int,
+    slo_s: float,
+    estimates: bool,
+    scratch: FloatArray,
+    seen: Observation,
+    row: int,
+    mask: Mask,
+    first_action: int,
+) -> float:
+    """Writes one node's row and its part of the mask; returns the TTFT predicted there in the planned schedule."""
+    capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
+    promised = q.prompt_tokens + q.rows[INCOMING_TOKENS, node]
+    wait_s, limit_s = wait_on_decode_node_s(q, node), tbt_limit_s(q, node, 1.0)
+    strictest_s = min(limit_s, LONGEST_TBT_SLO_S)
+    planned_s = decode_path_s(q, node, limit_s)
+    join_ttft_s = np.inf
+    for source in range(q.rows.shape[1]):
+        if source != node and can_prefill(q, source):
+            join_ttft_s = min(join_ttft_s, scratch[source] + transfer_s(q, source, node))
+    join_ttft_s += join_s(q, node)
+    fits = q.prompt_tokens < capacity
+    mask[first_action + _JOIN] = fits and join_ttft_s < np.inf
+    mask[first_action + _PLANNED] = mask[first_action + _SAFE] = fits and planned_s < np.inf
+    mask[first_action + _LARGE] = mask[first_action + _SMALL] = fits
+    seen[row + _D_PRESENT] = 1.0
+    seen[row + _D_DECODES] = _folded(q.rows[DECODES, node])
+    seen[row + _D_BATCH] = q.rows[DECODES, node] / q.nodes[node, _MAX_SEQS]
+    seen[row + _D_KV] = q.rows[KV_USED, node] / capacity
+    seen[row + _D_KV_AFTER] = min((q.rows[KV_USED, node] + promised) / capacity, TOP)
+    seen[row + _D_INCOMING] = _folded(q.rows[INCOMING, node])
+    seen[row + _D_DEFLECTED] = _folded(q.rows[DEFLECTED, node])
+    seen[row + _D_WAIT] = _folded(wait_s)
+    seen[row + _D_WAIT_SHARE] = _folded(wait_s / slo_s)
+    seen[row + _D_STRICTEST] = _folded(10.0 * strictest_s)
+    seen[row + _D_AGE] = _folded(10.0 * q.rows[_AGE, node])
+    if estimates:
+        more = 1 + int(q.rows[INCOMING, node])
+        seen[row + _D_STEP] = _folded(mixed_step_s(q, node, 0, 0, 0) / strictest_s)
+        seen[row + _D_STEP_AFTER] = _folded(mixed_step_s(q, node, 0, promised, more) / strictest_s)
+        seen[row + _D_JOIN] = _folded(join_ttft_s / slo_s)
+        seen[row + _D_PLANNED] = _folded((wait_s + planned_s) / slo_s)
+        seen[row + _D_FEASIBLE] = 1.0 if planned_s < np.inf else 0.0
+        seen[row + _D_OCCUPIED] = _folded(planned_s)
+        large_s, large_breaches = capped_path(q, node, _LARGE_TOKENS, limit_s)
+        small_s, small_breaches = capped_path(q, node, _SMALL_TOKENS, limit_s)
+        seen[row + _D_LARGE] = _folded((wait_s + large_s) / slo_s)
+        seen[row + _D_LARGE_BREACH] = min(large_breaches / STEPS_TO_LOSE_TBT, 1.0)
+        seen[row + _D_SMALL] = _folded((wait_s + small_s) / slo_s)
+        seen[row + _D_SMALL_BREACH] = min(small_breaches / STEPS_TO_LOSE_TBT, 1.0)
+    return wait_s + planned_s
