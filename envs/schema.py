@@ -4,8 +4,8 @@ An observation is flat, float32: what concerns the request and the cluster as a 
 prefill, then a row for each node that may decode, in the order of node ids (a mixed node has both). Rows beyond the
 cluster's own nodes are zero. Every feature lies in [0, TOP]. Heavy tails are folded by x -> log(1 + x), at most TOP.
 
-An action is a number: 0 is the default route (the paper's prefill node, the least loaded decode node), 1 + d * RULES + r
-sends the request to decode on the d-th node that may decode, prefilled as rule r says.
+An action is a number: 0 is the default route (the paper's prefill node, the least loaded decode node); 1 + d * RULES +
+r sends the request to decode on the d-th node that may decode, prefilled as rule r says.
 """
 
 import hashlib
