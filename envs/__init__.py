@@ -1,1 +1,9 @@
-"""The world: what a policy sees, what it may do, and what happens then."""
+"""The world: what a policy sees, what it may do, and what happens then; registers the environments with Gymnasium."""
+
+import gymnasium
+
+gymnasium.register(
+    id="deflector/Deflection-v0",
+    entry_point="deflector.envs.deflection:DeflectionEnv",
+    vector_entry_point="deflector.envs.vector:DeflectionVectorEnv",
+)

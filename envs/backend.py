@@ -63,17 +63,7 @@ class SimulatedBackend:
             self.world = at.grown(self.world, code)
         w = self.world
         number = int(w.i[int(w.i[at.H_SLOT0_I]) + int(w.i[at.H_CURRENT]) * at.SLOT_I + at.REQUEST])
-        load = self._workload
-        request = Request(
-            id=number,
-            arrival_s=float(load.arrival_s[number]),
-            prompt_tokens=int(load.prompt_tokens[number]),
-            max_output_tokens=int(load.max_output_tokens[number]),
-            ttft_slo_s=float(load.ttft_slo_s[number]),
-            tbt_slo_s=float(load.tbt_slo_s[number]),
-            slo_class=int(load.slo_class[number]),
-        )
-        return ClusterState(float(w.f[at.G_NOW]), rows, self.facts), request
+        return ClusterState(float(w.f[at.G_NOW]), rows, self.facts), self._workload.request(number)
 
     def _advance(self, rows: at.FloatArray) -> int:
         """Plays on as far as `advance` does; at a decision, writes what the router sees into `rows`."""

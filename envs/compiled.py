@@ -5,13 +5,16 @@ module constants frozen into it. So each state of the sources gets a cache folde
 set before numba is imported; old folders are simply never read again. A NUMBA_CACHE_DIR set by the user is respected.
 """
 
+import ctypes
 import hashlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import platformdirs
 
 import deflector
@@ -56,4 +59,52 @@ else:
     # Cached on disk, and other threads run meanwhile.
     entry = numba.njit(_nrt=False, error_model="numpy", cache=True, nogil=True)
 
-__all__ = ["entry", "inner", "source_hash"]
+
+def _interpreted_view(kind: type[ctypes.c_double] | type[ctypes.c_int64], address: int, count: int) -> npt.NDArray[Any]:
+    """What the views below are where nothing is compiled (NUMBA_DISABLE_JIT=1)."""
+    return np.ctypeslib.as_array((kind * count).from_address(address)) if count else np.empty(0, np.dtype(kind))
+
+
+if TYPE_CHECKING or numba.config.DISABLE_JIT:
+
+    def floats_at(address: int, count: int) -> npt.NDArray[np.float64]:
+        """The `count` float64 at an address, as an array; for compiled code, which cannot hold arrays in arrays."""
+        return _interpreted_view(ctypes.c_double, address, count)
+
+    def ints_at(address: int, count: int) -> npt.NDArray[np.int64]:
+        """The `count` int64 at an address, as an array."""
+        return _interpreted_view(ctypes.c_int64, address, count)
+
+    def matrix_at(address: int, rows: int, columns: int) -> npt.NDArray[np.float64]:
+        """The `rows` x `columns` float64 at an address, as an array in C order."""
+        return floats_at(address, rows * columns).reshape(rows, columns)
+
+else:
+    from numba.core import types
+    from numba.np import arrayobj
+
+    def _view(dtype, dimensions):
+        """An intrinsic that makes an array out of (address, *shape), without an owner and without a copy."""
+        array_type = types.Array(dtype, dimensions, "C")
+
+        def generate(context, builder, signature, args):
+            array = arrayobj.make_array(array_type)(context, builder)
+            item = context.get_constant(types.intp, 8)
+            strides = [item] if dimensions == 1 else [builder.mul(args[2], item), item]
+            data = builder.inttoptr(args[0], context.get_data_type(dtype).as_pointer())
+            arrayobj.populate_array(
+                array, data=data, shape=list(args[1:]), strides=strides, itemsize=item, meminfo=None
+            )
+            return array._getvalue()
+
+        if dimensions == 1:
+            return numba.extending.intrinsic(
+                lambda typing, address, count: (array_type(types.int64, types.int64), generate)
+            )
+        return numba.extending.intrinsic(
+            lambda typing, address, rows, columns: (array_type(types.int64, types.int64, types.int64), generate)
+        )
+
+    floats_at, ints_at, matrix_at = _view(types.float64, 1), _view(types.int64, 1), _view(types.float64, 2)
+
+__all__ = ["entry", "floats_at", "inner", "ints_at", "matrix_at", "source_hash"]

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from deflector.envs.actions import answer_action
+from deflector.envs.actions import answer_action, nearest_action
 from deflector.envs.compiled import entry
 from deflector.envs.observation import Mask, Observation, encode
 from deflector.envs.question import MEMORY, Question
 from deflector.envs.schema import Schema
 from deflector.envs.simulator.layout import DECISION_LENGTH, FloatArray
-from deflector.envs.simulator.routing import decode_decision
+from deflector.envs.simulator.routing import decode_decision, encode_decision
 from deflector.envs.state import ClusterState, Decision, Request
 
 
@@ -40,6 +40,11 @@ class Encoder:
         _answer(self._question(state, request), action)
         return decode_decision(self._answer)
 
+    def action(self, state: ClusterState, request: Request, decision: Decision) -> int:
+        """The action that comes closest to a decision, see `nearest_action`."""
+        self._answer[:] = encode_decision(decision)
+        return int(_action(self._question(state, request)))
+
     def _question(self, state: ClusterState, request: Request) -> Question:
         return Question(
             state.now_s, request.prompt_tokens, request.ttft_slo_s, request.tbt_slo_s, state.rows, state.facts.nodes,
@@ -57,3 +62,8 @@ def _encode(
 @entry
 def _answer(q: Question, action: int) -> None:
     answer_action(q, action)
+
+
+@entry
+def _action(q: Question) -> int:
+    return nearest_action(q)

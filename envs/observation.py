@@ -34,6 +34,7 @@ from deflector.envs.question import (
     can_prefill,
 )
 from deflector.envs.schema import CAPS_TOKENS, RATE_WINDOWS_S, RULES, TOP, Cluster, Decode, Prefill, Rule
+from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.state import StateRow
 
@@ -77,6 +78,8 @@ def encode(
     q: Question, max_output_tokens: int, estimates: bool, scratch: FloatArray, seen: Observation, mask: Mask
 ) -> None:
     """Writes the observation of a routing question and its mask; once per arriving request.
+
+    The analytical predictions of TTFT by either path, in seconds, are left in `q.answer`.
 
     Args:
         q: The question; `q.memory` is the encoder's own, zero before its first request.
@@ -123,6 +126,7 @@ def encode(
                 decode_ttft_s = min(decode_ttft_s, ttft_s)
         number += 1
     _encode_cluster(q, max_output_tokens, slo_s, own_s, prefill_nodes, decode_nodes, seen)
+    q.answer[at.D_TTFT_PREFILL], q.answer[at.D_TTFT_DECODE] = prefill_ttft_s, decode_ttft_s
     if estimates:
         seen[_C_PREFILL_TTFT] = _folded(prefill_ttft_s / slo_s)
         seen[_C_DECODE_TTFT] = _folded(decode_ttft_s / slo_s)

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deflector.envs.errors import InputError
+from deflector.envs.state import Request
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -77,6 +78,18 @@ class Workload:
             return float("nan")
         return float((len(self) - 1) / (self.arrival_s[-1] - self.arrival_s[0]))
 
+    def request(self, number: int) -> Request:
+        """One request, as a router sees it."""
+        return Request(
+            id=number,
+            arrival_s=float(self.arrival_s[number]),
+            prompt_tokens=int(self.prompt_tokens[number]),
+            max_output_tokens=int(self.max_output_tokens[number]),
+            ttft_slo_s=float(self.ttft_slo_s[number]),
+            tbt_slo_s=float(self.tbt_slo_s[number]),
+            slo_class=int(self.slo_class[number]),
+        )
+
     def scaled_to(self, rate_rps: float) -> Self:
         """The same requests with time stretched so that they arrive at `rate_rps`, starting at 0.
 
@@ -94,3 +107,10 @@ class Workload:
         arrival_s = (self.arrival_s - start) * (self.rate_rps / rate_rps)
         abort_s = arrival_s + (self.abort_s - self.arrival_s) if len(self.abort_s) else self.abort_s
         return replace(self, arrival_s=arrival_s, abort_s=abort_s)
+
+    def first(self, count: int) -> Self:
+        """The first `count` requests, or all if there are fewer, as views."""
+        per_request = ("arrival_s", "prompt_tokens", "output_tokens", "max_output_tokens", "ttft_slo_s", "tbt_slo_s")
+        cut = {name: getattr(self, name)[:count] for name in (*per_request, "slo_class", "abort_s")}
+        starts = self.prefix_start[: count + 1]
+        return replace(self, **cut, prefix_start=starts)

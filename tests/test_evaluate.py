@@ -15,13 +15,13 @@ from rich.console import Console
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import NUM_COLUMNS, Column, Outcomes, Status
 from deflector.envs.state import Path as PrefillPath
+from deflector.envs.written import write_atomically
 from deflector.training import evaluate as evaluation
 from deflector.training import runs
 from deflector.training.cells import make_plan
 from deflector.training.comparison import cell_rows, policy_summaries
 from deflector.training.evaluate import evaluate
 from deflector.training.metrics import RunMetrics, measure
-from deflector.training.results_file import write_atomically
 from deflector.training.settings import Evaluate, read_numbers, read_seeds
 
 TINY = Evaluate(

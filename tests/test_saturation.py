@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deflector.envs import saturation
 from deflector.envs.cluster import parse_cluster
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import NUM_COLUMNS, Column, Outcomes, Status
-from deflector.training import saturation
-from deflector.training.saturation import backlog_growth, saturation_rps, search
-from deflector.training.sources import ShapeSource
+from deflector.envs.saturation import backlog_growth, saturation_rps, search
+from deflector.envs.sources import ShapeSource
 
 
 def outcomes(arrival_s: list[float], finish_s: list[float], status: Status = Status.FINISHED) -> Outcomes:

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
-from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField
+from deflector.envs.cluster import ClusterFacts, ClusterSpec
 from deflector.envs.compiled import source_hash
 from deflector.envs.errors import InputError
-from deflector.envs.slo import SloSpec, attach_slo
+from deflector.envs.saturation import saturation_rps
+from deflector.envs.scenarios import with_slos
+from deflector.envs.slo import SloSpec
+from deflector.envs.sources import Source
 from deflector.envs.workload import Workload
 from deflector.policies.registry import split_policies
-from deflector.training.saturation import saturation_rps
 from deflector.training.settings import Evaluate, read_numbers, read_seeds
-from deflector.training.sources import Source
 from deflector.training.world import Site, read_sites
 
 DEFAULT_LOAD = "0.7"
@@ -102,15 +101,8 @@ class Plan:
 
     def workload(self, cell: Cell, seed: int) -> Workload:
         """The requests of a cell, the same for every policy, SLOs attached."""
-        node = cell.facts.nodes[int(np.argmax(cell.facts.can_prefill))]
-        profile = cell.facts.profiles[int(node[NodeField.PROFILE])]
-        budget_tokens = int(node[NodeField.MAX_BATCHED_TOKENS])
-        return attach_slo(
-            cell.source.workload(cell.rate_rps, seed),
-            self.slo_ttft,
-            self.slo_tbt_s,
-            lambda prompts: profile.isolated_prefill_s(prompts, budget_tokens),
-        )
+        requests = cell.source.workload(cell.rate_rps, seed)
+        return with_slos(requests, cell.facts, self.slo_ttft, self.slo_tbt_s)
 
     def fingerprint(self, cell: Cell) -> str:
         """Hash of all that the figures of a cell's runs depend on, the simulator's sources included."""

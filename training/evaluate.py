@@ -10,11 +10,12 @@ from rich.console import Console
 
 import deflector
 from deflector.envs.errors import InputError
+from deflector.envs.written import write_json
 from deflector.training.cells import Plan, Run, make_plan
 from deflector.training.comparison import cell_rows, interval_json, policy_summaries
 from deflector.training.metrics import RunMetrics
 from deflector.training.progress import Progress
-from deflector.training.results_file import Journal, write_json
+from deflector.training.results_file import Journal
 from deflector.training.runs import run_all, time_policies
 from deflector.training.settings import Evaluate
 from deflector.training.tables import print_tables

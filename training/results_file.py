@@ -2,53 +2,13 @@
 
 import contextlib
 import json
-import os
-import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from deflector.envs.errors import InputError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file at once, so that no reader ever sees half of it; a device or a pipe is simply written to.
-
-    Raises:
-        OSError: If it cannot be written; the old file is then as it was.
-    """
-    if not _is_plain(path):
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
-        return
-    path = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file as `write_atomically` does; NaN and infinity, which JSON lacks, are refused.
-
-    Raises:
-        OSError: Naming the file.
-    """
-    try:
-        write_atomically(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        error.filename = str(path)
-        raise
+from deflector.envs.written import is_plain, write_atomically
 
 
 @dataclass(slots=True)
@@ -75,7 +35,7 @@ class Journal:
             return cls(None)
         if Path(results).is_dir():
             raise InputError(f"--json {results}: this is a folder: name a file")
-        if not _is_plain(Path(results)):
+        if not is_plain(Path(results)):
             return cls(None)
         target = Path(results).resolve()
         journal = cls(target.with_name(target.name + ".partial.jsonl"))
@@ -135,17 +95,3 @@ class Journal:
         with contextlib.suppress(OSError):
             if done or self.path.stat().st_size == 0:
                 self.path.unlink()
-
-
-def _is_plain(path: Path) -> bool:
-    """Whether it is an ordinary file, or nothing yet."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

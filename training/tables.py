@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deflector.envs.sources import seeds_change_nothing
 from deflector.training.cells import Cell, Plan
 from deflector.training.comparison import CellRow, Results, cell_rows, policy_summaries
 from deflector.training.metrics import RunMetrics
-from deflector.training.sources import seeds_change_nothing
 
 WIDE_COLUMNS = 112
 """From so many columns on, the tables show everything."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, parse_cluster
 from deflector.envs.errors import InputError
 from deflector.envs.generators import shape_names
+from deflector.envs.sources import ShapeSource, Source, TraceSource
 from deflector.training.settings import World
-from deflector.training.sources import ShapeSource, Source, TraceSource
 
 DEFAULT_WORKLOAD = "long_tail_burst"
 DEFAULT_DURATION_S = 600.0

@@ -28,7 +28,8 @@ class World(NamedTuple):
         f: Float state.
         i: Integer state.
         log: (capacity, LOG_WIDTH) float64, see `LOG_*`.
-        requests: (num_requests, NUM_COLUMNS + 5) float64: the outcome table, then the workload's columns `IN_*`.
+        requests: (num_requests, REQUEST_WIDTH) float64: the outcome table, then the workload's columns `IN_*`, then
+            `CLOSED` and `CHARGED`.
         nodes: `ClusterFacts.nodes`.
         tables: `ClusterFacts.tables`.
         cache: A pool of blocks for each node that caches prefixes, then two block tables for each slot.
@@ -52,7 +53,7 @@ H_NUM_NODES, H_NODE_STRIDE, H_SLOTS, H_SLOT0_I, H_SLOT0_F, H_TREE, H_LEAVES, H_T
 H_NUM_DIRTY, H_FREE_SLOT, H_NEXT_ARRIVAL, H_NEXT_FAULT, H_UNDECIDED, H_CURRENT = range(9, 15)
 H_NUM_TRANSFERS, H_LOG_LENGTH, H_RETRY, H_SEED, H_COUNT_FROM, H_ITERATIONS = range(15, 21)
 H_FAULTS, H_NUM_FAULTS, H_TBT_CLASSES, H_NUM_TBT_CLASSES = range(21, 25)
-H_ABORTS, H_NUM_ABORTS, H_NEXT_ABORT, H_BLOCK_TABLES, H_BLOCK_TABLE_WIDTH, H_PULLS = range(25, 31)
+H_ABORTS, H_NUM_ABORTS, H_NEXT_ABORT, H_BLOCK_TABLES, H_BLOCK_TABLE_WIDTH, H_PULLS, H_NUM_CLOSED = range(25, 32)
 HEADER_I = 32
 # Header of f.
 G_NOW, G_REPORT_INTERVAL, G_REPORT_LOSS, G_NEXT_TRANSFER = range(4)
@@ -100,6 +101,9 @@ LOG_WIDTH, LOG_CHUNK = 8, 64
 
 # Columns of `World.requests` after the outcomes.
 IN_ARRIVAL, IN_PROMPT, IN_OUTPUT, IN_TBT_CLASS, IN_ABORT = range(NUM_COLUMNS, NUM_COLUMNS + 5)
+# Then: row k says which request was the k-th to end; and whether a request's SLO miss has been charged to an agent.
+CLOSED, CHARGED = NUM_COLUMNS + 5, NUM_COLUMNS + 6
+REQUEST_WIDTH = NUM_COLUMNS + 7
 
 # A pool in cache: a header, its blocks, then for each bucket of contents the first and the last block in it.
 FREE_FIRST, FREE_LAST, BUCKET_MASK, BUCKETS = range(4)
@@ -191,8 +195,8 @@ def new_world(
         f[base + SLOWNESS], f[base + SEEN_TBT] = facts.nodes[n, NodeField.SLOWNESS], np.inf
         f[base + REPORT_DUE] = (n / num_nodes) * spec.report_interval_s
 
-    requests = np.full((len(workload), NUM_COLUMNS + 5), np.nan)
-    requests[:, [Column.STATUS, Column.TOKENS, Column.PREEMPTIONS]] = 0
+    requests = np.full((len(workload), REQUEST_WIDTH), np.nan)
+    requests[:, [Column.STATUS, Column.TOKENS, Column.PREEMPTIONS, CHARGED]] = 0
     requests[:, IN_ARRIVAL], requests[:, IN_PROMPT] = workload.arrival_s, workload.prompt_tokens
     requests[:, IN_OUTPUT], requests[:, IN_TBT_CLASS] = workload.output_tokens, tbt_class
     requests[:, IN_ABORT] = workload.abort_s if len(workload.abort_s) else np.inf

@@ -205,6 +205,8 @@ def close(w: World, slot: int, status: int, tokens: int, now_s: float) -> None:
     moved_s = w.f[sf + at.TRANSFER_END] - w.f[sf + at.TRANSFER_START]
     moves = w.i[sb + at.PATH] == _DISAGGREGATE or status == _REJECTED
     w.requests[request, _TRANSFER] = moved_s if moves else 0.0
+    w.requests[w.i[at.H_NUM_CLOSED], at.CLOSED] = request
+    w.i[at.H_NUM_CLOSED] += 1
     free_slot(w, slot)
 
 

@@ -196,7 +196,7 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
 
 def run_saturation(flags: Saturation, console: Console) -> None:
     """Carries out `deflector saturation`."""
-    from deflector.training.saturation import saturation_rps
+    from deflector.envs.saturation import saturation_rps
     from deflector.training.tables import print_saturation
     from deflector.training.world import read_sites
 
@@ -343,6 +343,6 @@ def run_policies(flags: Policies, console: Console) -> None:
 def _write(path: str | None, content: dict[str, object]) -> None:
     if path is None:
         return
-    from deflector.training.results_file import write_json
+    from deflector.envs.written import write_json
 
     write_json(path, content)

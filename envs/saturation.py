@@ -1,9 +1,10 @@
 """How fast is fast: the highest rate at which always-disaggregate keeps its queues bounded.
 
 One sample of requests with exponential gaps of unit mean is stretched to each rate tried (common random numbers),
-played to its end under the policy `never`, and called bounded if the backlog, requests that arrived and are not
-finished, grows over the second half of the arrivals by at most 2 % of that half's arrivals. Doubling brackets the rate,
-bisection finds it to 1 %. The answer is kept in the user's cache folder under a hash of everything it depends on.
+played to its end by the default route (the policy `never`), and called bounded if the backlog, requests that arrived
+and are not finished, grows over the second half of the arrivals by at most 2 % of that half's arrivals. Doubling
+brackets the rate, bisection finds it to 1 %. The answer is kept in the user's cache folder under a hash of everything
+it depends on.
 """
 
 import hashlib
@@ -22,9 +23,9 @@ from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField
 from deflector.envs.compiled import source_hash
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Column, Outcomes, Status
+from deflector.envs.stepper import play_default_route
 from deflector.envs.workload import FloatArray, IntArray, Workload
-from deflector.policies.rollout import rollout
-from deflector.training.results_file import write_atomically
+from deflector.envs.written import write_atomically
 
 HORIZON_S = 900.0
 FEWEST_REQUESTS, MOST_REQUESTS = 6_000, 24_000
@@ -80,7 +81,7 @@ def saturation_rps(spec: ClusterSpec, source: LengthSource) -> float:
     facts = healthy.facts()
     if not facts.can_prefill.any():
         raise InputError(f"cluster '{spec.name}': no node can prefill for others: add a prefill or mixed node")
-    guess_rps = _fluid_rps(facts, source)
+    guess_rps = prefill_bound_rps(facts, source)
     count = int(np.clip(HORIZON_S * guess_rps, FEWEST_REQUESTS, MOST_REQUESTS))
     sample = _Sample(np.cumsum(np.random.default_rng(0).standard_exponential(count)), *source.lengths(count))
     path = cache_folder() / f"{_key(healthy, facts, sample)}.json"
@@ -90,7 +91,7 @@ def saturation_rps(spec: ClusterSpec, source: LengthSource) -> float:
 
     def bounded(rate_rps: float) -> bool:
         workload = sample.workload(rate_rps)
-        return backlog_growth(rollout(healthy, workload, "never").outcomes) <= TOLERATED_GROWTH
+        return backlog_growth(play_default_route(healthy, facts, workload)) <= TOLERATED_GROWTH
 
     found_rps = search(bounded, guess_rps, f"cluster '{spec.name}', workload '{source.name}'")
     _write(path, found_rps)
@@ -155,7 +156,7 @@ def cache_folder() -> Path:
     return Path(root) / "saturation"
 
 
-def _fluid_rps(facts: ClusterFacts, source: LengthSource) -> float:
+def prefill_bound_rps(facts: ClusterFacts, source: LengthSource) -> float:
     """Requests/s that the prefill nodes could take if every prompt ran alone."""
     prompts, _ = source.lengths(1000)
     total = 0.0

@@ -1,6 +1,6 @@
 """Where a cell's requests come from: a named shape, or a trace stretched in time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -174,17 +174,7 @@ def _jittered(path: str) -> bool:
 
 def _until(workload: Workload, end_s: float) -> Workload:
     """Requests that arrive before `end_s`, as views."""
-    count = int(np.searchsorted(workload.arrival_s, end_s))
-    fields = (
-        "arrival_s",
-        "prompt_tokens",
-        "output_tokens",
-        "max_output_tokens",
-        "ttft_slo_s",
-        "tbt_slo_s",
-        "slo_class",
-    )
-    return replace(workload, **{name: getattr(workload, name)[:count] for name in fields})
+    return workload.first(int(np.searchsorted(workload.arrival_s, end_s)))
 
 
 def seeds_change_nothing(source: Source) -> bool:

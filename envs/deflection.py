@@ -1,0 +1,214 @@
+"""`deflector/Deflection-v0`: one step routes one arriving request."""
+
+from typing import Any, SupportsInt, cast
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete, Space
+
+from deflector.envs.errors import InputError
+from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Episode, Stage
+from deflector.envs.observation import Mask, Observation
+from deflector.envs.outcome import Column, Outcomes
+from deflector.envs.rewards import Cost
+from deflector.envs.scenarios import Scenarios, read_settings
+from deflector.envs.schema import TOP, Schema
+from deflector.envs.simulator import layout as at
+from deflector.envs.state import ClusterState, Request
+from deflector.envs.stepper import Stepper
+
+
+class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
+    """A cluster with separate prefill and decode nodes, and the router's decision as an action.
+
+    A request arrives; the agent sees what a router knows of the cluster and says where it runs: prefilled on a prefill
+    node and moved to a decode node (*disaggregated*), or prefilled in chunks on the decode node itself (*deflected*).
+    Time goes on to the next arrival.
+
+    ## Action space
+
+    `Discrete(1 + decode_nodes * 5)`. 0 is the default route: the paper's choice of prefill node, the least loaded
+    decode node. `1 + 5 d + r` decodes on the d-th node that may decode:
+
+    | r | rule | prefill |
+    |---|---|---|
+    | 0 | JOIN | on the prefill node with the least predicted TTFT, then transferred |
+    | 1 | PLANNED | here, in the largest chunks predicted to keep every stream within its TBT SLO (the paper's) |
+    | 2 | SAFE | here, each step's chunk as large as 90 % of the strictest TBT SLO allows |
+    | 3 | CAP_LARGE | here, in chunks of at most 2,048 tokens |
+    | 4 | CAP_SMALL | here, in chunks of at most 512 tokens |
+
+    `action_masks()` says which are possible. An impossible one takes the default route, and `info["invalid_action"]`
+    is True.
+
+    ## Observation space
+
+    `Box(0, 10, (12 + 6 prefill_nodes + 21 decode_nodes,), float32)`: see `deflector.envs.schema` for every feature.
+    What a router knows of the nodes is up to a report interval old; the true output length is not among it. Rows of
+    nodes beyond the cluster's own, and of dead ones, are zero.
+
+    ## Rewards
+
+    Minus 1 for every request that misses its SLOs, at the moment at which that is settled, minus 0.01 * min(TTFT / SLO,
+    30) for waiting: see `deflector.envs.rewards`. The undiscounted sum over an episode is minus the number of requests
+    that did not attain their SLOs, but for the waiting.
+
+    ## Starting state
+
+    An empty cluster and the first request; or, with `burn_in_decisions`, the cluster after so many requests by the
+    default route.
+
+    ## Episode end
+
+    *Terminated* when the last request of the workload has ended. *Truncated* after `max_decisions`: no more requests
+    arrive, those routed are played to their end and charged, and the observation is that of the next decision.
+
+    ## Info
+
+    `elapsed_s` since the decision before, `now_s`, `invalid_action`, `reward_parts` (`ttft`, `tbt`, `waiting`),
+    `predicted_ttft_s` of the request at hand by the best prefill node (`prefill_path`) and the best decode node
+    (`decode_path`), and `settled`: number, `attained`, `ttft_s` and `tbt_p99_s` of the requests that ended since.
+
+    ## Arguments
+
+    Those of `deflector.envs.scenarios.ScenarioSettings`: `cluster`, `profile`, `workload`, `trace`, `load`, `rate_rps`,
+    `slo_ttft`, `slo_tbt_s`, `duration_s`, `max_decisions`, ...; a list or a pair is drawn from anew in each episode.
+    Besides: `estimates=False` leaves the analytical predictions out of the observations (they are zero);
+    `prefill_nodes`, `decode_nodes` make room for more nodes than the clusters have; `render_mode`.
+
+    ## Version history
+
+    v0: first.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 4}  # noqa: RUF012  (Gymnasium declares it so)
+
+    def __init__(
+        self,
+        *,
+        render_mode: str | None = None,
+        estimates: bool = True,
+        prefill_nodes: int | None = None,
+        decode_nodes: int | None = None,
+        **scenario: Any,
+    ) -> None:
+        """Builds the spaces; the first episode begins with `reset`.
+
+        Raises:
+            InputError: If a setting is unknown or makes no sense.
+        """
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise InputError(f"render_mode '{render_mode}': known are {', '.join(self.metadata['render_modes'])}")
+        self.render_mode = render_mode
+        self.scenarios = Scenarios(read_settings(scenario))
+        self.schema = make_schema(self.scenarios, prefill_nodes, decode_nodes, estimates)
+        self.observation_space = observation_space(self.schema)
+        self.action_space = Discrete(self.schema.num_actions)
+        self._stepper = Stepper(1, self.schema)
+        self._actions = np.zeros(1, np.int64)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begins an episode.
+
+        Args:
+            seed: Of everything drawn from now on; the requests are then those of `deflector evaluate --seeds SEED`.
+            options: None are known.
+
+        Raises:
+            InputError: If no request arrives in it.
+        """
+        super().reset(seed=seed)
+        self._stepper.begin([(0, self.scenarios.draw(self.np_random, seed))])
+        self._settled = 0
+        return self._stepper.seen[0].copy(), self._info()
+
+    def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Routes the request at hand and plays on to the next one.
+
+        Raises:
+            RuntimeError: If the episode is over, or none has begun.
+        """
+        stepper = self._stepper
+        if stepper.stages[0] != Stage.DECISION:
+            raise RuntimeError("no request waits to be routed: call reset()")
+        self._actions[0] = int(action)
+        stepper.step(self._actions)
+        stage = stepper.stages[0]
+        reward = -float(stepper.lanes.costs.sum())
+        return stepper.seen[0].copy(), reward, bool(stage == Stage.OVER), bool(stage == Stage.CUT), self._info()
+
+    def action_masks(self) -> Mask:
+        """(num_actions,) bool: which actions are possible for the request at hand."""
+        return self._stepper.masks[0].copy()
+
+    @property
+    def episode(self) -> Episode:
+        """The cluster and the requests of the present episode."""
+        episode = self._stepper.lanes.episodes[0]
+        if episode is None:
+            raise RuntimeError("no episode: call reset() first")
+        return episode
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What is known by now of every request of the episode."""
+        return self._stepper.lanes.outcomes(0)
+
+    def question(self) -> tuple[ClusterState, Request]:
+        """The decision at hand, as a `Policy` takes it."""
+        world, episode = self._stepper.lanes.world(0), self.episode
+        slot = int(world.i[at.H_SLOT0_I]) + int(world.i[at.H_CURRENT]) * at.SLOT_I
+        state = ClusterState(float(world.f[at.G_NOW]), self._stepper.lanes.rows(0).copy(), episode.facts)
+        return state, episode.workload.request(int(world.i[slot + at.REQUEST]))
+
+    def _info(self) -> dict[str, Any]:
+        stepper = self._stepper
+        costs, times_s = stepper.lanes.costs[0].tolist(), stepper.lanes.f[0].tolist()
+        return {
+            "elapsed_s": float(stepper.elapsed_s[0]),
+            "now_s": float(stepper.lanes.world(0).f[at.G_NOW]),
+            "invalid_action": bool(stepper.invalid[0]),
+            "reward_parts": {"ttft": -costs[Cost.TTFT], "tbt": -costs[Cost.TBT], "waiting": -costs[Cost.WAITING]},
+            "predicted_ttft_s": {"prefill_path": times_s[PREFILL_PATH_S], "decode_path": times_s[DECODE_PATH_S]},
+            "settled": self._newly_settled(),
+        }
+
+    def _newly_settled(self) -> dict[str, Any]:
+        world = self._stepper.lanes.world(0)
+        count = int(world.i[at.H_NUM_CLOSED])
+        numbers = world.requests[self._settled : count, at.CLOSED].astype(np.int64)
+        self._settled = count
+        first, behind = self._stepper.lanes.counted(0)
+        numbers = numbers[(numbers >= first) & (numbers < behind)]
+        if not len(numbers):
+            return {}
+        o = self.outcomes
+        ended = Outcomes(o.arrival_s[numbers], o.ttft_slo_s[numbers], o.tbt_slo_s[numbers], o.table[numbers])
+        return {
+            "request": numbers,
+            "attained": ended.attained,
+            "ttft_s": ended.ttft_s,
+            "tbt_p99_s": ended.column(Column.TBT_P99_S),
+        }
+
+
+def make_schema(scenarios: Scenarios, prefill_nodes: int | None, decode_nodes: int | None, estimates: bool) -> Schema:
+    """The schema that holds the largest of the scenarios' clusters.
+
+    Raises:
+        InputError: If less room than that is asked for.
+    """
+    for name, asked, needed in (
+        ("prefill_nodes", prefill_nodes, scenarios.prefill_nodes),
+        ("decode_nodes", decode_nodes, scenarios.decode_nodes),
+    ):
+        if asked is not None and asked < needed:
+            raise InputError(f"environment: {name}={asked}: the largest cluster has {needed}: give at least as many")
+    return Schema(prefill_nodes or scenarios.prefill_nodes, decode_nodes or scenarios.decode_nodes, estimates)
+
+
+def observation_space(schema: Schema) -> Space[Observation]:
+    """The space of a schema's observations."""
+    return cast(Space[Observation], Box(0.0, TOP, (schema.observation_length,), np.float32))

@@ -1,0 +1,153 @@
+"""One compiled call that plays many lanes on, each to its next decision: action in, observation and cost out."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from deflector.envs.actions import DEFAULT_ACTION, answer_action
+from deflector.envs.compiled import entry, inner
+from deflector.envs.lanes import (
+    BURN_IN,
+    DECIDED_AT,
+    DECISIONS_LEFT,
+    DECODE_PATH_S,
+    ELAPSED,
+    INVALID,
+    IS_CUT,
+    PREFILL_PATH_S,
+    STAGE,
+    Lane,
+    Stage,
+    lane_at,
+)
+from deflector.envs.observation import encode
+from deflector.envs.question import Question
+from deflector.envs.rewards import SLO_MAX_OUTPUT, SLO_TBT, SLO_TTFT, open_account, settle, settle_all
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.events import advance
+from deflector.envs.simulator.layout import FloatArray, IntArray, World
+from deflector.envs.simulator.queues import slot_base
+from deflector.envs.simulator.reports import observe
+from deflector.envs.simulator.routing import apply_decision
+from deflector.envs.state import Path
+
+_READY, _DECISION = int(Stage.READY), int(Stage.DECISION)
+_GROW_SLOTS, _GROW_LOG = int(Stage.GROW_SLOTS), int(Stage.GROW_LOG)
+_OVER, _CUT = int(Stage.OVER), int(Stage.CUT)
+_REJECT = int(Path.REJECT)
+
+
+class Batch(NamedTuple):
+    """What a call of `step_lanes` reads and writes.
+
+    Attributes:
+        table: `Lanes.table`.
+        lane_i: `Lanes.i`.
+        lane_f: `Lanes.f`.
+        masks: (lanes, num_actions) bool, those of the decisions that the actions answer.
+        next_masks: (lanes, num_actions) bool, written.
+        seen: (lanes, observation_length) float32, written: the observations of the decisions that come next.
+        estimates: `Schema.estimates`.
+        no_parameters: (0,) float64.
+        answer: (DECISION_LENGTH,) float64, this call's own.
+        scratch: (nodes of the largest cluster,) float64, this call's own.
+    """
+
+    table: IntArray
+    lane_i: IntArray
+    lane_f: FloatArray
+    masks: npt.NDArray[np.bool_]
+    next_masks: npt.NDArray[np.bool_]
+    seen: npt.NDArray[np.float32]
+    estimates: bool
+    no_parameters: FloatArray
+    answer: FloatArray
+    scratch: FloatArray
+
+
+@entry
+def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> None:
+    """Plays lanes [start, stop) on: those at a decision with their action, those that are READY without one.
+
+    Afterwards each of them is at its next decision, over, or in need of larger arrays. An action that is masked out is
+    replaced by the default route. At the end of an episode that was cut, `seen` holds the decision after its last.
+    """
+    for lane in range(start, stop):
+        stage = b.lane_i[lane, STAGE]
+        if stage != _READY and stage != _DECISION:
+            continue
+        x = lane_at(b.table, lane)
+        if stage == _DECISION:
+            action = actions[lane]
+            invalid = action < 0 or action >= b.masks.shape[1] or not b.masks[lane, action]
+            b.lane_i[lane, INVALID] = invalid
+            b.lane_f[lane, DECIDED_AT] = x.world.f[at.G_NOW]
+            answer_action(_question(b, x), DEFAULT_ACTION if invalid else action)
+            apply_decision(x.world, b.answer)
+        b.lane_i[lane, STAGE] = _play(b, lane, x)
+
+
+@inner
+def _play(b: Batch, lane: int, x: Lane) -> int:
+    """Plays a lane on; returns its next stage."""
+    w = x.world
+    while True:
+        code = advance(w)
+        if code == at.GROW_SLOTS:
+            return _GROW_SLOTS
+        if code == at.GROW_LOG:
+            return _GROW_LOG
+        if code == at.DONE:
+            settle_all(w, x.ledger)
+            if b.lane_i[lane, IS_CUT]:
+                return _CUT
+            b.lane_f[lane, ELAPSED] = w.f[at.G_NOW] - b.lane_f[lane, DECIDED_AT]
+            return _OVER
+        if b.lane_i[lane, IS_CUT]:  # A node has died after the cut, and a request asks again.
+            _reject(b, w)
+            continue
+        observe(w, x.rows)
+        q = _question(b, x)
+        encode(q, _max_output_tokens(x), b.estimates, b.scratch, b.seen[lane], b.next_masks[lane])
+        b.lane_f[lane, PREFILL_PATH_S] = b.answer[at.D_TTFT_PREFILL]
+        b.lane_f[lane, DECODE_PATH_S] = b.answer[at.D_TTFT_DECODE]
+        if b.lane_i[lane, BURN_IN] > 0:
+            b.lane_i[lane, BURN_IN] -= 1
+            b.lane_f[lane, DECIDED_AT] = w.f[at.G_NOW]
+            answer_action(q, DEFAULT_ACTION)
+            apply_decision(w, b.answer)
+            continue
+        settle(w, x.ledger, w.f[at.G_NOW])
+        b.lane_f[lane, ELAPSED] = w.f[at.G_NOW] - b.lane_f[lane, DECIDED_AT]
+        if b.lane_i[lane, DECISIONS_LEFT] != 0:
+            b.lane_i[lane, DECISIONS_LEFT] -= 1
+            open_account(w, x.ledger, w.i[at.H_CURRENT])
+            return _DECISION
+        b.lane_i[lane, IS_CUT] = 1
+        w.i[at.H_NEXT_ARRIVAL] = len(w.requests)
+        _reject(b, w)
+
+
+@inner
+def _question(b: Batch, x: Lane) -> Question:
+    w = x.world
+    slot = slot_base(w.i, w.i[at.H_CURRENT])
+    request = w.i[slot + at.REQUEST]
+    return Question(
+        w.f[at.G_NOW], w.i[slot + at.PROMPT], x.ledger.slos[request, SLO_TTFT], x.ledger.slos[request, SLO_TBT],
+        x.rows, w.nodes, w.tables, b.no_parameters, x.memory, b.answer,
+    )  # fmt: skip
+
+
+@inner
+def _max_output_tokens(x: Lane) -> int:
+    w = x.world
+    return int(x.ledger.slos[w.i[slot_base(w.i, w.i[at.H_CURRENT]) + at.REQUEST], SLO_MAX_OUTPUT])
+
+
+@inner
+def _reject(b: Batch, w: World) -> None:
+    b.answer[at.D_PATH] = _REJECT
+    b.answer[at.D_NUM_RUNS] = 0.0
+    apply_decision(w, b.answer)

@@ -1,0 +1,164 @@
+"""`deflector/Deflection-v0`, many at a time: one compiled call steps them all."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from deflector.envs.deflection import make_schema, observation_space
+from deflector.envs.errors import InputError
+from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Stage
+from deflector.envs.observation import Mask, Observation
+from deflector.envs.rewards import Cost
+from deflector.envs.scenarios import Scenarios, read_settings
+from deflector.envs.simulator.layout import FloatArray, IntArray
+from deflector.envs.stepper import Stepper
+
+
+class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
+    """N copies of `DeflectionEnv`, each with its own cluster, requests and load, stepped together.
+
+    Lane k of `reset(seed=s)` plays exactly what a `DeflectionEnv` after `reset(seed=s + k)` plays, and goes on with new
+    episodes by itself (autoreset mode SAME_STEP): `info["final_obs"]` then holds the last observation of the episode
+    that ended, `info["final_info"]` its `slo_attainment` and number of `requests`.
+
+    With `copy=False` observations and masks are views that stay as they are until the step after the next one.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        estimates: bool = True,
+        prefill_nodes: int | None = None,
+        decode_nodes: int | None = None,
+        threads: int = 1,
+        copy: bool = True,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+        **scenario: Any,
+    ) -> None:
+        """Builds the spaces; the first episodes begin with `reset`.
+
+        Args:
+            num_envs: Number of lanes.
+            estimates: Whether the analytical predictions are among the observations.
+            prefill_nodes: Room for so many nodes that may prefill; those of the largest cluster by default.
+            decode_nodes: The same for nodes that may decode.
+            threads: Threads that share the lanes. Two threads are slower than one unless the cores are idle.
+            copy: Whether observations and masks are the caller's own.
+            max_episode_steps: What `gymnasium.make_vec` calls `max_decisions`.
+            render_mode: Only None.
+            scenario: See `ScenarioSettings`.
+
+        Raises:
+            InputError: If a setting is unknown or makes no sense.
+        """
+        if render_mode is not None:
+            raise InputError(f"render_mode '{render_mode}': a batch is not drawn: use gymnasium.make for one of them")
+        if num_envs < 1 or threads < 1:
+            raise InputError(f"num_envs={num_envs}, threads={threads}: give numbers of 1 or more")
+        if max_episode_steps is not None:
+            scenario = {"max_decisions": max_episode_steps} | scenario
+        self.num_envs = num_envs
+        self.render_mode = None
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+        self.scenarios = Scenarios(read_settings(scenario))
+        self.schema = make_schema(self.scenarios, prefill_nodes, decode_nodes, estimates)
+        self.single_observation_space = observation_space(self.schema)
+        self.single_action_space = Discrete(self.schema.num_actions)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._copy = copy
+        self._stepper = Stepper(num_envs, self.schema, threads=threads)
+        self._everywhere = np.ones(num_envs, np.bool_)
+        self._generators = [np.random.default_rng() for _ in range(num_envs)]
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begins an episode in every lane.
+
+        Args:
+            seed: Lane k gets `seed + k`; or a list of one for each; None goes on with the generators as they are.
+            options: `reset_mask`, (num_envs,) bool, restricts it to some lanes.
+
+        Raises:
+            InputError: If no request arrives in an episode.
+        """
+        seeds = seed if isinstance(seed, list) else [None if seed is None else seed + k for k in range(self.num_envs)]
+        if len(seeds) != self.num_envs:
+            raise InputError(f"{len(seeds)} seeds for {self.num_envs} lanes: give one for each, or a single number")
+        chosen = (options or {}).get("reset_mask", self._everywhere)
+        lanes = np.flatnonzero(chosen).tolist()
+        for lane in lanes:
+            if seeds[lane] is not None:
+                self._generators[lane], _ = gymnasium.utils.seeding.np_random(seeds[lane])
+        self._begin(lanes, seeds)
+        return self._observation(), self._info(self._stepper.lanes.costs, self._stepper.lanes.f)
+
+    def step(
+        self, actions: IntArray
+    ) -> tuple[Observation, FloatArray, np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]:
+        """Routes every lane's request at hand and plays on to the next ones.
+
+        Args:
+            actions: (num_envs,) int64.
+
+        Returns:
+            Observations, rewards (num_envs,) float64, terminated and truncated (num_envs,) bool, info of arrays.
+
+        Raises:
+            RuntimeError: If `reset` has not been called.
+        """
+        stepper = self._stepper
+        if stepper.stages[0] != Stage.DECISION:
+            raise RuntimeError("no requests wait to be routed: call reset() first")
+        stepper.step(np.ascontiguousarray(actions, dtype=np.int64))
+        terminated, truncated = stepper.stages == Stage.OVER, stepper.stages == Stage.CUT
+        rewards = -stepper.lanes.costs.sum(axis=1)
+        info = self._info(stepper.lanes.costs, stepper.lanes.f)
+        ended = np.flatnonzero(terminated | truncated).tolist()
+        for lane in ended:
+            first, behind = stepper.lanes.counted(lane)
+            attained = stepper.lanes.outcomes(lane).attained[first:behind]
+            final = {"slo_attainment": float(attained.mean()), "requests": behind - first}
+            info = self._add_info(info, {"final_obs": stepper.seen[lane].copy(), "final_info": final}, lane)
+        if ended:
+            self._begin(ended, [None] * self.num_envs)
+            info["action_mask"] = self.action_masks()
+        return self._observation(), rewards, terminated, truncated, info
+
+    def action_masks(self) -> Mask:
+        """(num_envs, num_actions) bool: which actions are possible for the requests at hand."""
+        return self._stepper.masks.copy() if self._copy else self._stepper.masks
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Lets the threads go."""
+        self._stepper.close()
+
+    def _begin(self, lanes: Iterable[int], seeds: list[int | None]) -> None:
+        scenarios, generators = self.scenarios, self._generators
+        self._stepper.begin((lane, scenarios.draw(generators[lane], seeds[lane])) for lane in lanes)
+
+    def _observation(self) -> Observation:
+        return self._stepper.seen.copy() if self._copy else self._stepper.seen
+
+    def _info(self, costs: FloatArray, times_s: FloatArray) -> dict[str, Any]:
+        """Arrays of one entry per lane; `_name` says where `name` holds, as Gymnasium has it: everywhere."""
+        paths_s = {"prefill_path": times_s[:, PREFILL_PATH_S].copy(), "decode_path": times_s[:, DECODE_PATH_S].copy()}
+        parts = {part.name.lower(): -costs[:, part] for part in Cost}
+        info: dict[str, Any] = {
+            "elapsed_s": self._stepper.elapsed_s.copy(),
+            "invalid_action": self._stepper.invalid,
+            "action_mask": self.action_masks(),
+            "reward_parts": parts,
+            "predicted_ttft_s": paths_s,
+        }
+        for name in tuple(info):
+            info[f"_{name}"] = self._everywhere
+        return info
