@@ -1,0 +1,140 @@
+"""The actor and critic that training optimises: shared encoders per node, pooled context, one logit per action.
+
+The same weights serve every cluster: nodes are encoded one by one by shared layers, pooled by mean and maximum into a
+context, and scored one by one. Permuting decode nodes permutes their actions' logits (Deep Sets, arXiv:1703.06114). As
+an SB3 policy class it goes to PPO and A2C (`EquivariantPolicy`) or MaskablePPO (`MaskableEquivariantPolicy`).
+"""
+
+from typing import Any, cast
+
+import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from deflector.envs.schema import RULES, Cluster, Decode, Prefill, Schema
+
+_WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
+
+
+class EquivariantNetwork(nn.Module):
+    """Logits and value of an observation.
+
+    With `width` H, rectified: a prefill node is encoded as p = L(L(row) + L(cluster)), a decode node likewise as d; the
+    context is (cluster, mean p, max p, mean d, max d) over the nodes that are there, and g = L(context). A decode
+    node's logits are L(L(d) + L(g)), one per rule; the default route's is L(g); the value is L(L(context)).
+    """
+
+    def __init__(self, prefill_nodes: int, decode_nodes: int, width: int) -> None:
+        """Layers with orthogonal weights; those of the logits are small, so that a fresh policy is nearly uniform.
+
+        Args:
+            prefill_nodes: Rows for nodes that may prefill in an observation.
+            decode_nodes: Rows for nodes that may decode.
+            width: Units of each hidden layer.
+        """
+        super().__init__()
+        self.prefill_nodes, self.decode_nodes = prefill_nodes, decode_nodes
+        context = _WIDTH + 4 * width
+        self.prefill_rows = nn.Linear(_PREFILL_WIDTH, width, bias=False)
+        self.prefill_cluster = nn.Linear(_WIDTH, width)
+        self.prefill_out = nn.Linear(width, width)
+        self.decode_rows = nn.Linear(_DECODE_WIDTH, width, bias=False)
+        self.decode_cluster = nn.Linear(_WIDTH, width)
+        self.decode_out = nn.Linear(width, width)
+        self.context = nn.Linear(context, width)
+        self.action_rows = nn.Linear(width, width, bias=False)
+        self.action_context = nn.Linear(width, width)
+        self.action_out = nn.Linear(width, RULES)
+        self.default_out = nn.Linear(width, 1)
+        self.value_hidden = nn.Linear(context, width)
+        self.value_out = nn.Linear(width, 1)
+        small = (self.action_out, self.default_out)
+        for layer in self.children():
+            linear = cast(nn.Linear, layer)
+            gain = 0.01 if layer in small else 1.0 if layer is self.value_out else 2.0**0.5
+            nn.init.orthogonal_(linear.weight, gain)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, 1 + decode_nodes * RULES) and values (batch, 1) of observations (batch, length)."""
+        context, decode = self._encode(seen)
+        return self._logits(context, decode), self._value(context)
+
+    def forward_actor(self, seen: Tensor) -> Tensor:
+        """The logits alone."""
+        return self._logits(*self._encode(seen))
+
+    def forward_critic(self, seen: Tensor) -> Tensor:
+        """The values alone."""
+        return self._value(self._encode(seen)[0])
+
+    def _encode(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The context (batch, 12 + 4 width) and the decode nodes (batch, decode_nodes, width)."""
+        first_decode = _WIDTH + self.prefill_nodes * _PREFILL_WIDTH
+        cluster = seen[:, :_WIDTH]
+        prefill_rows = seen[:, _WIDTH:first_decode].reshape(-1, self.prefill_nodes, _PREFILL_WIDTH)
+        decode_rows = seen[:, first_decode:].reshape(-1, self.decode_nodes, _DECODE_WIDTH)
+        prefill = torch.relu(self.prefill_rows(prefill_rows) + self.prefill_cluster(cluster)[:, None])
+        decode = torch.relu(self.decode_rows(decode_rows) + self.decode_cluster(cluster)[:, None])
+        prefill = torch.relu(self.prefill_out(prefill)) * prefill_rows[:, :, Prefill.PRESENT, None]
+        decode = torch.relu(self.decode_out(decode)) * decode_rows[:, :, Decode.PRESENT, None]
+        pooled = [cluster]
+        for nodes, present in (
+            (prefill, prefill_rows[:, :, Prefill.PRESENT]),
+            (decode, decode_rows[:, :, Decode.PRESENT]),
+        ):
+            pooled += [nodes.sum(1) / present.sum(1, keepdim=True).clamp_min(1.0), nodes.amax(1)]
+        return torch.cat(pooled, 1), decode
+
+    def _logits(self, context: Tensor, decode: Tensor) -> Tensor:
+        whole = torch.relu(self.context(context))
+        hidden = torch.relu(self.action_rows(decode) + self.action_context(whole)[:, None])
+        return torch.cat([self.default_out(whole), self.action_out(hidden).flatten(1)], 1)
+
+    def _value(self, context: Tensor) -> Tensor:
+        value: Tensor = self.value_out(torch.relu(self.value_hidden(context)))
+        return value
+
+
+class _Equivariant:
+    """What makes an SB3 actor-critic policy out of the network: its outputs are logits and values already."""
+
+    def __init__(self, *args: Any, schema: Schema, width: int = 32, **kwargs: Any) -> None:
+        """Builds network and optimiser.
+
+        Args:
+            args: SB3's own.
+            schema: Sizes of observations and actions.
+            width: Units of each hidden layer.
+            kwargs: SB3's own.
+        """
+        self.schema, self.width = schema, width
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        policy = cast(ActorCriticPolicy, self)
+        network = EquivariantNetwork(self.schema.prefill_nodes, self.schema.decode_nodes, self.width)
+        policy.mlp_extractor = cast(Any, network)
+        policy.action_net = nn.Identity()
+        policy.value_net = cast(Any, nn.Identity())
+        # 1: the schedule's first value, as SB3 has it.
+        policy.optimizer = policy.optimizer_class(policy.parameters(), lr=lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | {"schema": self.schema, "width": self.width}  # type: ignore[misc]
+
+
+class EquivariantPolicy(_Equivariant, ActorCriticPolicy):
+    """For SB3's on-policy algorithms; `policy_kwargs` takes `schema` and `width`."""
+
+
+class MaskableEquivariantPolicy(_Equivariant, MaskableActorCriticPolicy):
+    """For sb3-contrib's MaskablePPO; `policy_kwargs` takes `schema` and `width`."""
+
+
+def network_of(policy: ActorCriticPolicy | MaskableActorCriticPolicy) -> EquivariantNetwork:
+    """The network inside one of the two policy classes."""
+    return cast(EquivariantNetwork, policy.mlp_extractor)
