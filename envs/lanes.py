@@ -51,10 +51,11 @@ class Stage(IntEnum):
 # agent (-1: all), whether the last action was masked out.
 STAGE, IS_CUT, BURN_IN, DECISIONS_LEFT, INVALID = range(5)
 LANE_I = 5
-# Columns of Lanes.f: time of the last decision, how long after the one before it the present one came, and the TTFT
-# predicted for the request at hand by the best prefill node and by the best decode node.
-DECIDED_AT, ELAPSED, PREFILL_PATH_S, DECODE_PATH_S = range(4)
-LANE_F = 4
+# Columns of Lanes.f: time of the last decision, how long after the one before it the present one came, the TTFT
+# predicted for the request at hand by the best prefill node and by the best decode node, and what of the step's cost
+# was settled before the arrivals were cut off.
+DECIDED_AT, ELAPSED, PREFILL_PATH_S, DECODE_PATH_S, COST_BEFORE_CUT = range(5)
+LANE_F = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from deflector.envs.workload import Workload
 
 _Value = TypeVar("_Value")
 
-MOST_SEEDS = 2**31
+SEEDS_KEPT, MOST_SEEDS = 10_000, 2**31
+"""Episodes draw their own seeds from [SEEDS_KEPT, MOST_SEEDS): smaller ones stay for validation and tests."""
 SPARE_ARRIVALS, SPARE_S = 3.0, 30.0
 """Bursts: so many times the mean number of arrivals, and so many seconds, are generated beyond a limit on decisions."""
 
@@ -152,7 +153,7 @@ class Scenarios:
         slope = _number(rng, s.chunk_slope) if s.chunk_slope else None
         interval_s = _number(rng, s.report_interval_s) if s.report_interval_s else None
         burn_in = int(rng.integers(s.burn_in_decisions[0], s.burn_in_decisions[-1] + 1))
-        drawn_seed = int(rng.integers(MOST_SEEDS))
+        drawn_seed = int(rng.integers(SEEDS_KEPT, MOST_SEEDS))
         seed = drawn_seed if seed is None else seed
         spec, facts = _site(cluster, _turned(profile, scale, slope), link, interval_s)
         if s.rate_rps is not None:

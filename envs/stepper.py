@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deflector.envs.cluster import MAX_NODES, ClusterFacts, ClusterSpec
-from deflector.envs.lanes import ELAPSED, INVALID, STAGE, Episode, Lanes, Stage
+from deflector.envs.lanes import COST_BEFORE_CUT, ELAPSED, INVALID, STAGE, Episode, Lanes, Stage
 from deflector.envs.observation import Mask, Observation
 from deflector.envs.outcome import Outcomes
 from deflector.envs.schema import Schema
@@ -80,6 +80,12 @@ class Stepper:
     def invalid(self) -> npt.NDArray[np.bool_]:
         """(lanes,) bool: whether the last action was masked out and the default route was taken."""
         return self.lanes.i[:, INVALID] != 0
+
+    def reward_after_cut(self, lane: int) -> float:
+        """What of the last step's reward was settled after the time limit; 0 for a lane that did not reach it."""
+        if self.stages[lane] != Stage.CUT:
+            return 0.0
+        return float(self.lanes.f[lane, COST_BEFORE_CUT] - self.lanes.costs[lane].sum())
 
     def step(self, actions: IntArray) -> None:
         """Carries out an action in every lane that is at a decision, and plays it on; costs are those of this step."""

@@ -9,6 +9,7 @@ from deflector.envs.actions import DEFAULT_ACTION, answer_action
 from deflector.envs.compiled import entry, inner
 from deflector.envs.lanes import (
     BURN_IN,
+    COST_BEFORE_CUT,
     DECIDED_AT,
     DECISIONS_LEFT,
     DECODE_PATH_S,
@@ -125,6 +126,7 @@ def _play(b: Batch, lane: int, x: Lane) -> int:
             open_account(w, x.ledger, w.i[at.H_CURRENT])
             return _DECISION
         b.lane_i[lane, IS_CUT] = 1
+        b.lane_f[lane, COST_BEFORE_CUT] = x.ledger.costs[0] + x.ledger.costs[1] + x.ledger.costs[2]
         w.i[at.H_NEXT_ARRIVAL] = len(w.requests)
         _reject(b, w)
 

@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 from deflector.envs.deflection import make_schema, observation_space
 from deflector.envs.errors import InputError
-from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Stage
+from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Episode, Lanes, Stage
 from deflector.envs.observation import Mask, Observation
 from deflector.envs.rewards import Cost
 from deflector.envs.scenarios import Scenarios, read_settings
@@ -24,7 +24,9 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
 
     Lane k of `reset(seed=s)` plays exactly what a `DeflectionEnv` after `reset(seed=s + k)` plays, and goes on with new
     episodes by itself (autoreset mode SAME_STEP): `info["final_obs"]` then holds the last observation of the episode
-    that ended, `info["final_info"]` its `slo_attainment` and number of `requests`.
+    that ended, `info["final_info"]` its `slo_attainment`, its number of `requests`, and `reward_after_cut`: what of the
+    last reward was settled after the time limit. A learner that bootstraps truncated episodes takes that off: the value
+    of `final_obs` stands for it.
 
     With `copy=False` observations and masks are views that stay as they are until the step after the next one.
     """
@@ -127,6 +129,7 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
             first, behind = stepper.lanes.counted(lane)
             attained = stepper.lanes.outcomes(lane).attained[first:behind]
             final = {"slo_attainment": float(attained.mean()), "requests": behind - first}
+            final["reward_after_cut"] = stepper.reward_after_cut(lane)
             info = self._add_info(info, {"final_obs": stepper.seen[lane].copy(), "final_info": final}, lane)
         if ended:
             self._begin(ended, [None] * self.num_envs)
@@ -136,6 +139,22 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
     def action_masks(self) -> Mask:
         """(num_envs, num_actions) bool: which actions are possible for the requests at hand."""
         return self._stepper.masks.copy() if self._copy else self._stepper.masks
+
+    @property
+    def lanes(self) -> Lanes:
+        """The arrays of all lanes, for teachers that look into them."""
+        return self._stepper.lanes
+
+    def episode(self, lane: int) -> Episode:
+        """The cluster and the requests of a lane's present episode.
+
+        Raises:
+            RuntimeError: If `reset` has not been called.
+        """
+        episode = self._stepper.lanes.episodes[lane]
+        if episode is None:
+            raise RuntimeError("no episode: call reset() first")
+        return episode
 
     def close_extras(self, **kwargs: Any) -> None:
         """Lets the threads go."""

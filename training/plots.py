@@ -16,12 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from deflector.training.cells import Cell, Plan
 from deflector.training.comparison import CellRow, Results, cell_rows
 from deflector.training.metrics import QUANTILE_PERCENTS
+from deflector.training.plot_style import COLORS, DASHES, MARKERS
 from deflector.training.stats import FloatArray
 
-# Okabe and Ito's colours, told apart by every kind of eye; policies beyond the eighth get another marker and dash.
-_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _PARTS = (("queue", "#0072B2"), ("prefill", "#E69F00"), ("transfer", "#009E73"), ("admission", "#CC79A7"))
 _GREY = "#666666"
 _ATTAINMENT_TITLE = (
@@ -87,8 +84,8 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 
 def _style(index: int) -> tuple[str, str, Literal["-", "--", ":", "-."]]:
     """Colour, marker and dash of the policy at a position."""
-    turn = index // len(_COLORS)
-    return _COLORS[index % len(_COLORS)], _MARKERS[(index + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
+    turn = index // len(COLORS)
+    return COLORS[index % len(COLORS)], MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
 
 
 def _policy_legend(figure: Figure, plan: Plan, *, markers: bool) -> None:

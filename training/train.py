@@ -1,0 +1,244 @@
+"""`deflector train`: a run from its configuration to exported policies."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger
+
+import deflector
+from deflector.envs.errors import InputError
+from deflector.envs.vector import DeflectionVectorEnv
+from deflector.envs.written import write_json
+from deflector.training.export import export_policy
+from deflector.training.imitation import Demonstrations, demonstrate, imitate
+from deflector.training.learner import Curve, Keeper, make_model
+from deflector.training.network import EquivariantNetwork, network_of
+from deflector.training.progress import Progress
+from deflector.training.run_folder import Progressed, RunFolder, read_tensors
+from deflector.training.sb3_logging import TrackerOutput
+from deflector.training.semi_markov import ElapsedTime
+from deflector.training.tracking import Tracker, make_tracker
+from deflector.training.train_config import TrainConfig, read_config
+from deflector.training.train_evolution import run_evolution
+from deflector.training.train_flags import Train
+from deflector.training.validation import Validated, Validator
+from deflector.training.validation_report import draw_validation, print_validation
+from deflector.training.vec_env import DeflectionVecEnv
+
+SCHEMA = 1
+_WARM_START = 1
+"""Branch of the run's seeds; checkpoints have [seed, decisions]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a run.
+
+    Attributes:
+        policy: What `--policies` takes.
+        decisions: Routing decisions of the whole run.
+        validated: Its last validation.
+        best: Its highest mean attainment, and when that was.
+        steps_per_s: Decisions per second of this process, everything included; None if it made none.
+    """
+
+    policy: str
+    decisions: int
+    validated: Validated
+    best: tuple[float, int]
+    steps_per_s: float | None
+
+
+def train(flags: Train, console: Console) -> dict[str, Any]:
+    """Carries out `deflector train`.
+
+    Args:
+        flags: As they were given.
+        console: Where configuration, tables and messages go.
+
+    Returns:
+        What `--json` holds.
+
+    Raises:
+        InputError: In one line, with the remedy.
+        OSError: If the last checkpoint or the results cannot be written.
+    """
+    if flags.resume is not None:
+        if flags.config or flags.out or flags.changes():
+            raise InputError("--resume: a run keeps its own configuration and folder: leave the other flags out")
+        folder = RunFolder.resume(flags.resume)
+    else:
+        config = read_config(flags.config, flags.changes())
+        if flags.print_config:
+            console.print(config.as_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
+            return {}
+        out = flags.out or f"runs/{config.algorithm}-seed{config.seed}"
+        folder = RunFolder.begin(out, config)
+    tracker = make_tracker(
+        flags.track,
+        folder=folder.path,
+        name=folder.path.name,
+        config=folder.config.model_dump(mode="json"),
+        resume_id=folder.identity,
+    )
+    try:
+        with Progress() as progress:
+            trained = run(folder, tracker, progress, console)
+    except KeyboardInterrupt:
+        newest = folder.newest()
+        kept = f"from {newest[1].decisions:,} decisions" if newest else "from the beginning"
+        console.print(f"Stopped: deflector train --resume {folder.path} goes on {kept}", style="bold", soft_wrap=True)
+        tracker.finish(exit_code=130)
+        raise
+    except BaseException:
+        tracker.finish(exit_code=1)
+        raise
+    tracker.finish()
+    return _finish(flags, folder, trained, console)
+
+
+def run(folder: RunFolder, tracker: Tracker, progress: Progress, console: Console) -> Trained:
+    """Trains what the folder's configuration says, from its newest checkpoint if it has one."""
+    config = folder.config
+    progress.begin("drawing validation episodes (the first time, the simulator is compiled: two minutes)")
+    validator = Validator(config)
+    progress.end()
+
+    def report(found: Validated, decisions: int) -> None:
+        tracker.table("validation", decisions, *found.table())
+        tracker.figure("validation", decisions, draw_validation(found))
+
+    if config.algorithm == "evolution":
+        policy, decisions, validated = run_evolution(folder, validator, tracker, progress, report)
+        return Trained(policy, decisions, validated, (validated.attainment, decisions), None)
+    return _learn(folder, validator, tracker, progress, console, report)
+
+
+def _learn(
+    folder: RunFolder,
+    validator: Validator,
+    tracker: Tracker,
+    progress: Progress,
+    console: Console,
+    report: Callable[[Validated, int], None],
+) -> Trained:
+    config = folder.config
+    torch.set_num_threads(config.threads)
+    lanes = make_lanes(config)
+    env = DeflectionVecEnv(lanes, horizon_s=config.on_policy.horizon_s)
+    progress.begin("finding saturation rates")
+    lanes.scenarios.prepare(lambda done, total: None)
+    model = make_model(config, env, lanes.schema)
+    network = network_of(cast(Any, model.policy))
+    newest, lineage = folder.newest(), {"warm_start": config.warm_start.teacher or config.warm_start.demonstrations}
+    if newest is not None:
+        model.set_parameters(read_tensors(newest[0]), device="cpu")
+        model.num_timesteps = newest[1].decisions
+        at = newest[1]
+    else:
+        if config.warm_start.wanted:
+            _warm_start(folder, network, lanes, progress, console)
+        schema = lanes.schema
+        sizes = (config.network.width, schema.estimates, schema.prefill_nodes, schema.decode_nodes)
+        at = Progressed(0, config.seed, *sizes)
+
+    def export(network: EquivariantNetwork, at: Progressed, name: str) -> None:
+        provenance = {
+            "algorithm": config.algorithm,
+            "decisions": at.decisions,
+            "seed": config.seed,
+            "slo_attainment": keeper.validated.attainment if keeper.validated else None,
+            "config": config.model_dump(mode="json"),
+        }
+        export_policy(network, lanes.schema, folder.path / name, provenance)
+        if name == "best":
+            tracker.artifact(folder.path / name, f"policy-{folder.identity}", ["best", "latest"], provenance | lineage)
+
+    keeper = Keeper(
+        folder,
+        validator,
+        at,
+        export=export,
+        report=lambda found, at: report(found, at.decisions),
+        watch=lambda decisions: progress.advance(decisions - at.decisions),
+    )
+    model.set_logger(Logger(None, [Curve(folder), TrackerOutput(tracker, start_step=at.decisions)]))
+    progress.begin("training", total=config.decisions, done=at.decisions)
+    begun_s = time.perf_counter()
+    if at.decisions < config.decisions:
+        callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s), keeper])
+        model.learn(config.decisions - at.decisions, callback=callbacks, reset_num_timesteps=newest is None)
+    progress.end()
+    env.close()
+    trained = model.num_timesteps - at.decisions
+    rate = trained / (time.perf_counter() - begun_s) if trained else None
+    validated = keeper.validated or validator.judge(network)
+    assert keeper.at.best is not None
+    best = (keeper.at.best, keeper.at.best_decisions)
+    return Trained(f"learned:{folder.path / 'best'}", model.num_timesteps, validated, best, rate)
+
+
+def make_lanes(config: TrainConfig) -> DeflectionVectorEnv:
+    """The environment that a configuration names.
+
+    Raises:
+        InputError: If its scenario makes no sense.
+    """
+    scenario = config.scenario.model_dump()
+    return DeflectionVectorEnv(config.lanes, estimates=config.estimates, copy=False, **scenario)
+
+
+def _warm_start(
+    folder: RunFolder, network: EquivariantNetwork, lanes: DeflectionVectorEnv, progress: Progress, console: Console
+) -> None:
+    settings = folder.config.warm_start
+    seeds = np.random.SeedSequence([folder.config.seed, 0, _WARM_START])
+    if settings.demonstrations is not None:
+        shown = Demonstrations.load(settings.demonstrations, lanes.schema)
+    else:
+        assert settings.teacher is not None
+        progress.begin(f"{settings.teacher} demonstrates", total=settings.decisions)
+        shown = demonstrate(lanes, settings.teacher, settings, seeds, progress.advance)
+        shown.save(folder.path / "demonstrations.safetensors")
+    progress.begin(f"imitating {shown.teacher}")
+    same = imitate(network, shown, settings, np.random.default_rng(seeds.spawn(1)[0]))
+    progress.end()
+    console.print(f"Imitated {shown.teacher}: the same action in {same:.1%} of its decisions", highlight=False)
+
+
+def _finish(flags: Train, folder: RunFolder, trained: Trained, console: Console) -> dict[str, Any]:
+    print_validation(console, trained.validated)
+    rate = f", {trained.steps_per_s:,.0f} a second" if trained.steps_per_s else ""
+    console.print(f"{trained.decisions:,} decisions{rate}; best {trained.best[0]:.2%} at {trained.best[1]:,}")
+    console.print(f"Policy: {trained.policy}", highlight=False, soft_wrap=True)
+    columns, rows = trained.validated.table()
+    result = {
+        "schema": SCHEMA,
+        "command": "train",
+        "version": deflector.__version__,
+        "settings": folder.config.model_dump(mode="json"),
+        "folder": str(folder.path),
+        "policy": trained.policy,
+        "decisions": trained.decisions,
+        "steps_per_s": trained.steps_per_s,
+        "best": {"slo_attainment": trained.best[0], "decisions": trained.best[1]},
+        "slo_attainment": trained.validated.attainment,
+        "worst_decile": trained.validated.worst_decile,
+        "validation": [_json_row(columns, row) for row in rows],
+    }
+    if flags.json is not None:
+        write_json(flags.json, result)
+        console.print(f"Figures: {flags.json}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _json_row(columns: list[str], row: list[object]) -> dict[str, object]:
+    """A row of the validation table; null where a figure is nan or infinite."""
+    finite = [None if isinstance(value, float) and not np.isfinite(value) else value for value in row]
+    return dict(zip(columns, finite, strict=True))
