@@ -13,6 +13,8 @@ from deflector.envs.estimates import (
     work_ahead_s,
 )
 from deflector.envs.question import (
+    BLOCK_SIZE,
+    KV_BLOCKS,
     ROLE,
     RULE_CAP,
     RULE_SAFE,
@@ -73,6 +75,20 @@ def answer_default(q: Question) -> None:
     """The paper's prefill node (Eq. 1-2) and the least loaded decode node; local without such a pair."""
     source = best_prefill_node(q)
     answer_disaggregate(q, source, least_loaded_decode_node(q, source), _CHOSEN)
+
+
+@inner
+def is_possible(q: Question, action: int) -> bool:
+    """Whether an action is open in the mask that `observation.encode` writes; the answer is scratch."""
+    if action == DEFAULT_ACTION:
+        return True
+    rule = (action - 1) % RULES
+    node = decode_node_of(q, (action - 1) // RULES)
+    if node < 0 or not can_decode(q, node) or q.prompt_tokens >= q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]:
+        return False
+    if rule == _JOIN:
+        return best_source(q, node) >= 0
+    return rule in (_LARGE, _SMALL) or decode_path_s(q, node, tbt_limit_s(q, node, 1.0)) < np.inf
 
 
 @inner
