@@ -10,6 +10,7 @@ from deflector.envs.errors import InputError
 from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Episode, Stage
 from deflector.envs.observation import Mask, Observation
 from deflector.envs.outcome import Column, Outcomes
+from deflector.envs.render import Picture, Renderer
 from deflector.envs.rewards import Cost
 from deflector.envs.scenarios import Scenarios, read_settings
 from deflector.envs.schema import TOP, Schema
@@ -106,6 +107,7 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = Discrete(self.schema.num_actions)
         self._stepper = Stepper(1, self.schema)
         self._actions = np.zeros(1, np.int64)
+        self._renderer = Renderer(render_mode, self.metadata["render_fps"]) if render_mode is not None else None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -122,6 +124,8 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
         super().reset(seed=seed)
         self._stepper.begin([(0, self.scenarios.draw(self.np_random, seed))])
         self._settled = 0
+        if self._renderer is not None:
+            self._renderer.follow(self._stepper.lanes)
         return self._stepper.seen[0].copy(), self._info()
 
     def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -135,6 +139,8 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
             raise RuntimeError("no request waits to be routed: call reset()")
         self._actions[0] = int(action)
         stepper.step(self._actions)
+        if self._renderer is not None:
+            self._renderer.follow(stepper.lanes)
         stage = stepper.stages[0]
         reward = -float(stepper.lanes.costs.sum())
         return stepper.seen[0].copy(), reward, bool(stage == Stage.OVER), bool(stage == Stage.CUT), self._info()
@@ -142,6 +148,22 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
     def action_masks(self) -> Mask:
         """(num_actions,) bool: which actions are possible for the request at hand."""
         return self._stepper.masks[0].copy()
+
+    def render(self) -> Picture | None:
+        """The last seconds as a timeline: (height, width, 3) uint8, or None in the mode "human".
+
+        Raises:
+            RuntimeError: If no episode has begun.
+        """
+        if self._renderer is None:
+            gymnasium.logger.warn("render() without a render_mode: make the environment with render_mode='rgb_array'")
+            return None
+        return self._renderer.render()
+
+    def close(self) -> None:
+        """Closes the window, if there is one."""
+        if self._renderer is not None:
+            self._renderer.close()
 
     @property
     def episode(self) -> Episode:
