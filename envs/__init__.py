@@ -7,3 +7,4 @@ gymnasium.register(
     entry_point="deflector.envs.deflection:DeflectionEnv",
     vector_entry_point="deflector.envs.vector:DeflectionVectorEnv",
 )
+gymnasium.register(id="deflector/DeflectionTuning-v0", entry_point="deflector.policies.tuning:DeflectionTuningEnv")

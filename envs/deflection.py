@@ -9,11 +9,12 @@ from gymnasium.spaces import Box, Discrete, Space
 from deflector.envs.errors import InputError
 from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Episode, Stage
 from deflector.envs.observation import Mask, Observation
-from deflector.envs.outcome import Column, Outcomes
+from deflector.envs.outcome import Outcomes
 from deflector.envs.render import Picture, Renderer
 from deflector.envs.rewards import Cost
 from deflector.envs.scenarios import Scenarios, read_settings
 from deflector.envs.schema import TOP, Schema
+from deflector.envs.settled import ended_requests
 from deflector.envs.simulator import layout as at
 from deflector.envs.state import ClusterState, Request
 from deflector.envs.stepper import Stepper
@@ -188,31 +189,14 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
     def _info(self) -> dict[str, Any]:
         stepper = self._stepper
         costs, times_s = stepper.lanes.costs[0].tolist(), stepper.lanes.f[0].tolist()
+        settled, self._settled = ended_requests(stepper.lanes, 0, self._settled)
         return {
             "elapsed_s": float(stepper.elapsed_s[0]),
             "now_s": float(stepper.lanes.world(0).f[at.G_NOW]),
             "invalid_action": bool(stepper.invalid[0]),
             "reward_parts": {"ttft": -costs[Cost.TTFT], "tbt": -costs[Cost.TBT], "waiting": -costs[Cost.WAITING]},
             "predicted_ttft_s": {"prefill_path": times_s[PREFILL_PATH_S], "decode_path": times_s[DECODE_PATH_S]},
-            "settled": self._newly_settled(),
-        }
-
-    def _newly_settled(self) -> dict[str, Any]:
-        world = self._stepper.lanes.world(0)
-        count = int(world.i[at.H_NUM_CLOSED])
-        numbers = world.requests[self._settled : count, at.CLOSED].astype(np.int64)
-        self._settled = count
-        first, behind = self._stepper.lanes.counted(0)
-        numbers = numbers[(numbers >= first) & (numbers < behind)]
-        if not len(numbers):
-            return {}
-        o = self.outcomes
-        ended = Outcomes(o.arrival_s[numbers], o.ttft_slo_s[numbers], o.tbt_slo_s[numbers], o.table[numbers])
-        return {
-            "request": numbers,
-            "attained": ended.attained,
-            "ttft_s": ended.ttft_s,
-            "tbt_p99_s": ended.column(Column.TBT_P99_S),
+            "settled": settled,
         }
 
 

@@ -99,10 +99,16 @@ def decode_path_s(q: Question, node: int, limit_s: float) -> float:
     """TTFT by a decode node: the prompt in the largest chunks that keep each step within `limit_s` (Algorithm 1).
 
     Writes the schedule into the answer; inf if at some point no chunk fits.
+    """
+    return chunked_path_s(q, node, limit_s, q.nodes[node, BUDGET])
+
+
+@inner
+def chunked_path_s(q: Question, node: int, limit_s: float, most_tokens: float) -> float:
+    """The same with no chunk size above `most_tokens`, which is at most the node's token budget.
 
     A chunk size that was too long once stays too long, since a step only grows with the context: it is not tried again.
     """
-    budget = int(q.nodes[node, BUDGET])
     total_s, done, runs, first = 0.0, 0, 0, 0
     while done < q.prompt_tokens:
         left = q.prompt_tokens - done
@@ -110,7 +116,7 @@ def decode_path_s(q: Question, node: int, limit_s: float) -> float:
         for k in range(len(CHUNK_CANDIDATES)):
             candidate = CHUNK_CANDIDATES[k]
             whole = candidate <= left
-            if candidate > budget or (whole and k < first) or (not whole and tried_rest):
+            if candidate > most_tokens or (whole and k < first) or (not whole and tried_rest):
                 continue
             chunk = min(candidate, left)
             tried_rest = tried_rest or not whole

@@ -60,7 +60,7 @@ class Renderer:
 
         figure = new_figure(self._history.facts)
         canvas = FigureCanvasAgg(figure)
-        draw(figure, self._history, title=self._title)
+        draw(figure, {self._title: self._history})
         canvas.draw()  # type: ignore[no-untyped-call]
         return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()  # type: ignore[no-untyped-call]
 

@@ -1,6 +1,6 @@
 """Lanes with the buffers that their steps are read from: what the environments, scalar and batched, are made of."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -29,7 +29,14 @@ class Stepper:
         masks: (lanes, num_actions) bool of the present decisions.
     """
 
-    def __init__(self, count: int, schema: Schema, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        count: int,
+        schema: Schema,
+        *,
+        threads: int = 1,
+        play: Callable[[Batch, IntArray, int, int], None] = step_lanes,
+    ) -> None:
         """Lanes without episodes.
 
         Args:
@@ -37,7 +44,9 @@ class Stepper:
             schema: Sizes of observations and actions.
             threads: Threads that share the lanes of a step. One is best unless there are hundreds of lanes and as many
                 idle cores: two threads on one busy core are far slower than one.
+            play: Plays a share of the lanes on, as `step_lanes` does.
         """
+        self._play = play
         self.lanes = Lanes(count)
         self._seen = [np.zeros((count, schema.observation_length), np.float32) for _ in range(2)]
         self._masks = [np.zeros((count, schema.num_actions), np.bool_) for _ in range(2)]
@@ -121,10 +130,10 @@ class Stepper:
     def _play_shares(self, actions: IntArray) -> None:
         batches = self._batches[self._turn]
         if self._pool is None:
-            step_lanes(batches[0], actions, 0, len(self.lanes))
+            self._play(batches[0], actions, 0, len(self.lanes))
             return
         tasks = [
-            self._pool.submit(step_lanes, batch, actions, *share)
+            self._pool.submit(self._play, batch, actions, *share)
             for batch, share in zip(batches, self._shares, strict=True)
         ]
         for task in tasks:

@@ -84,14 +84,14 @@ def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> None:
             invalid = action < 0 or action >= b.masks.shape[1] or not b.masks[lane, action]
             b.lane_i[lane, INVALID] = invalid
             b.lane_f[lane, DECIDED_AT] = x.world.f[at.G_NOW]
-            answer_action(_question(b, x), DEFAULT_ACTION if invalid else action)
+            answer_action(question_at(b, x, b.no_parameters), DEFAULT_ACTION if invalid else action)
             apply_decision(x.world, b.answer)
-        b.lane_i[lane, STAGE] = _play(b, lane, x)
+        b.lane_i[lane, STAGE] = play_on(b, lane, x)
 
 
 @inner
-def _play(b: Batch, lane: int, x: Lane) -> int:
-    """Plays a lane on; returns its next stage."""
+def play_on(b: Batch, lane: int, x: Lane) -> int:
+    """Plays a lane on to its next decision, whose observation and mask it writes; returns its next stage."""
     w = x.world
     while True:
         code = advance(w)
@@ -109,7 +109,7 @@ def _play(b: Batch, lane: int, x: Lane) -> int:
             _reject(b, w)
             continue
         observe(w, x.rows)
-        q = _question(b, x)
+        q = question_at(b, x, b.no_parameters)
         encode(q, _max_output_tokens(x), b.estimates, b.scratch, b.seen[lane], b.next_masks[lane])
         b.lane_f[lane, PREFILL_PATH_S] = b.answer[at.D_TTFT_PREFILL]
         b.lane_f[lane, DECODE_PATH_S] = b.answer[at.D_TTFT_DECODE]
@@ -132,13 +132,14 @@ def _play(b: Batch, lane: int, x: Lane) -> int:
 
 
 @inner
-def _question(b: Batch, x: Lane) -> Question:
+def question_at(b: Batch, x: Lane, parameters: FloatArray) -> Question:
+    """The question at hand in a lane, as a decision core with these parameters takes it."""
     w = x.world
     slot = slot_base(w.i, w.i[at.H_CURRENT])
     request = w.i[slot + at.REQUEST]
     return Question(
         w.f[at.G_NOW], w.i[slot + at.PROMPT], x.ledger.slos[request, SLO_TTFT], x.ledger.slos[request, SLO_TBT],
-        x.rows, w.nodes, w.tables, b.no_parameters, x.memory, b.answer,
+        x.rows, w.nodes, w.tables, parameters, x.memory, b.answer,
     )  # fmt: skip
 
 

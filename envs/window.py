@@ -41,7 +41,7 @@ class Window:
             self._figure.set_size_inches(width, height, forward=True)
             self._figure.show()
             self._shown = True
-        draw(self._figure, history, title=title)
+        draw(self._figure, {title: history})
         self._figure.canvas.draw()
         self._figure.canvas.start_event_loop(max(self._next_s - time.monotonic(), 1e-3))
         self._next_s = time.monotonic() + self._frame_s

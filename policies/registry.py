@@ -9,6 +9,7 @@ import numpy as np
 
 from deflector.envs.errors import InputError
 from deflector.envs.simulator.layout import FloatArray
+from deflector.envs.state import CHUNK_CANDIDATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class PolicyInfo:
 
 NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD, CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE = range(9)
 
+_LARGEST_CHUNK, _SMALLEST_CHUNK = CHUNK_CANDIDATES[0], CHUNK_CANDIDATES[-1]
+
 POLICIES: dict[str, PolicyInfo] = {
     "never": PolicyInfo(NEVER, {}, "disaggregates always, by the paper's choice of prefill node"),
     "always": PolicyInfo(ALWAYS, {}, "deflects always, in the largest safe chunks"),
@@ -44,7 +47,9 @@ POLICIES: dict[str, PolicyInfo] = {
         "short prompts, or all prompts when prefill is busy, stay on a decode node with room (Dynamo)",
     ),
     "kairos": PolicyInfo(
-        KAIROS, {"alpha": (1.3, 0, 1e6), "beta": (1.0, 0, 100)}, "the paper's rule, arXiv:2607.02043, Algorithm 1"
+        KAIROS,
+        {"alpha": (1.3, 0, 1e6), "beta": (1.0, 0, 100), "cap": (_LARGEST_CHUNK, _SMALLEST_CHUNK, _LARGEST_CHUNK)},
+        "the paper's rule, arXiv:2607.02043, Algorithm 1",
     ),
     "least_ttft": PolicyInfo(
         LEAST_TTFT, {"beta": (1.0, 0, 100)}, "least predicted TTFT over all pairs and deflections"

@@ -31,7 +31,7 @@ def test_every_policy_is_listed_with_its_defaults() -> None:
     assert policy_names() == tuple(POLICIES)
     assert len({info.number for info in POLICIES.values()}) == len(POLICIES)
     listed = {name: parameters for name, parameters, _ in describe_policies()}
-    assert listed["kairos"] == "alpha=1.3, beta=1"
+    assert listed["kairos"] == "alpha=1.3, beta=1, cap=2048"
     assert listed["never"] == ""
     for name, info in POLICIES.items():
         assert parse_policy(name).vector.tolist() == [default for default, _, _ in info.parameters.values()]
@@ -39,9 +39,9 @@ def test_every_policy_is_listed_with_its_defaults() -> None:
 
 
 def test_parameters_are_read_by_name_in_any_order() -> None:
-    assert parse_policy("kairos:alpha=1.0,beta=0.5").parameters == {"alpha": 1.0, "beta": 0.5}
-    assert parse_policy(" kairos: beta=0.5 , alpha=1 ").vector.tolist() == [1.0, 0.5]
-    assert parse_policy("kairos:beta=2").vector.tolist() == [1.3, 2.0]
+    assert parse_policy("kairos:alpha=1.0,beta=0.5").parameters == {"alpha": 1.0, "beta": 0.5, "cap": 2048}
+    assert parse_policy(" kairos: beta=0.5 , alpha=1 ").vector.tolist() == [1.0, 0.5, 2048.0]
+    assert parse_policy("kairos:beta=2").vector.tolist() == [1.3, 2.0, 2048.0]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_parameters_are_read_by_name_in_any_order() -> None:
         ("kairo", "did you mean kairos? known are never, always"),
         ("", "unknown policy ''"),
         ("KAIROS", "unknown policy 'KAIROS'"),
-        ("kairos:gamma=1", "no parameter 'gamma'; kairos takes alpha, beta"),
+        ("kairos:gamma=1", "no parameter 'gamma'; kairos takes alpha, beta, cap"),
         ("kairos:alpha", "alpha is a number from 0 to 1e+06, not ''"),
         ("kairos:alpha=", "alpha is a number from 0 to 1e+06, not ''"),
         ("kairos:alpha=fast", "alpha is a number from 0 to 1e+06, not 'fast'"),
