@@ -11,6 +11,7 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", derandomize=False, deadline=None)  # looks for new failures
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 matplotlib.use("Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: its threads would fight for busy cores
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,7 @@ from deflector.envs.schema import Schema
 from deflector.envs.simulator.layout import IntArray
 from deflector.envs.vector import DeflectionVectorEnv
 from deflector.envs.written import write_atomically
-from deflector.policies.teachers import make_teacher
+from deflector.policies.teachers import Teacher
 from deflector.training.network import EquivariantNetwork
 from deflector.training.train_config import WarmStart
 
@@ -124,7 +124,7 @@ def demonstrate(
     Raises:
         InputError: If there is no such teacher.
     """
-    shower, generator = make_teacher(teacher, env.num_envs), np.random.default_rng(seeds.spawn(1)[0])
+    shower, generator = Teacher(teacher, env.num_envs), np.random.default_rng(seeds.spawn(1)[0])
     seen, _ = env.reset(seed=first_seed(seeds))
     kept: list[tuple[Observation, Mask, IntArray]] = []
     count = 0
