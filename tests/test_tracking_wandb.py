@@ -1,5 +1,6 @@
 """`--track wandb`: what is in wandb's own file afterwards, and what happens when its service is away."""
 
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,9 @@ def own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     wandb.teardown()  # wandb reads its environment once.
     yield
     wandb.teardown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # wandb leaves the temporary folders of its tables to the collector, which warns of it.
 
 
 def online(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
@@ -50,6 +55,7 @@ def online(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 def read(folder: Path, run: str = "offline-run-*") -> dict[str, list[Any]]:
     """Kind of record -> the records of the one run there."""
+    wandb.teardown()  # Its helper process may still be writing the last of them.
     (path,) = folder.glob(f"wandb/{run}/*.wandb")
     found: dict[str, list[Any]] = {}
     for record in records(path):
@@ -87,8 +93,7 @@ def test_offline_run_holds_all_that_was_tracked(tmp_path: Path, recwarn: pytest.
     assert table["env_steps"] == picture["env_steps"] == 4096
     stored = json.loads((files / table["evaluation/path"]).read_text())
     assert stored["columns"] == COLUMNS
-    assert stored["data"][0] == ROWS[0]
-    assert stored["data"][1][::2] == ["4P4D", 900]
+    assert repr(stored["data"]) == repr(ROWS)  # NaN is not equal to itself
     assert (files / picture["timeline/path"]).read_bytes().startswith(b"\x89PNG")
     assert (picture["timeline/width"], picture["timeline/height"]) == (100, 50)
 
@@ -180,8 +185,9 @@ def test_service_that_is_away_costs_one_warning(answers: bool, tmp_path: Path, m
 def test_service_that_goes_away_later_costs_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with WandbService(answered_requests=5) as service:
+    with WandbService() as service:
         online(monkeypatch, service.port)
+        monkeypatch.setattr(tracking_wandb, "INIT_TIMEOUT_S", 30.0)
         with pytest.warns(RuntimeWarning) as caught:
             tracker = make_tracker("wandb", folder=tmp_path / "run", name="n", config=CONFIG, resume_id="seed-7")
             for step in range(20):
@@ -216,16 +222,15 @@ def test_wandb_that_fails_in_the_middle_costs_one_warning(tmp_path: Path, monkey
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds wandb's helper process through /proc")
 def test_process_ends_although_wandbs_helper_hangs(tmp_path: Path) -> None:
     script = """
-        import os, signal, sys
+        import os, signal, sys, time
         from pathlib import Path
         from deflector.training import tracking_thread
         from deflector.training.tracking import make_tracker
 
-        tracking_thread.DEADLINE_S = 20.0
         tracker = make_tracker("wandb", folder=Path(sys.argv[1]), name="n", config={})
         tracker.log(1, {"x": 1.0})
-        while not (found := list(Path(sys.argv[1]).glob("wandb/*/files/requirements.txt"))):
-            pass
+        while not list(Path(sys.argv[1]).glob("wandb/*/files/requirements.txt")):
+            time.sleep(0.01)
         (helper,) = {
             int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()
         }

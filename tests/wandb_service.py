@@ -1,4 +1,4 @@
-"""A stand-in for wandb's service on this machine: starts runs, and falls silent after a number of requests."""
+"""A stand-in for wandb's service on this machine: it lets runs start, and leaves all other requests unanswered."""
 
 import json
 import threading
@@ -8,13 +8,11 @@ from typing import Any, Self
 
 
 class WandbService:
-    """Answers as much as a client needs to start a run."""
+    """A service that goes away once a run has started."""
 
-    def __init__(self, answered_requests: int) -> None:
+    def __init__(self) -> None:
         self.started_runs: list[str] = []
-        self._left = answered_requests
         self._closed = threading.Event()
-        self._lock = threading.Lock()
         service = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,19 +30,16 @@ class WandbService:
         self.port = self._server.server_address[1]
 
     def answer(self, handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
-        with self._lock:
-            self._left -= 1
-            silent = self._left < 0
-        if silent:
-            self._closed.wait()
-            return
         data: dict[str, Any] = {}
-        if "mutation UpsertBucket" in request.get("query", ""):
+        if "mutation UpsertBucket" in request.get("query", "") and not self.started_runs:
             name = request["variables"]["name"]
-            self.started_runs += [name] if name not in self.started_runs else []
+            self.started_runs.append(name)
             project = {"id": "p", "name": "deflector", "entity": {"id": "e", "name": "me"}}
             bucket = {"id": "r", "name": name, "displayName": name, "config": "{}", "project": project}
             data = {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}}
+        elif "query RunResumeStatus" not in request.get("query", ""):
+            self._closed.wait()
+            return
         body = json.dumps({"data": data}).encode()
         handler.send_response(200)
         handler.send_header("Content-Type", "application/json")

@@ -156,7 +156,8 @@ class ThreadedTracker:
             self._failed = True
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             self._untold.put(
-                f"--track {self._kind}: {what} failed: {reason}; training goes on, and no later failure is reported"
+                f"--track {self._kind}: {what} failed: {reason}; training goes on, no later failure is reported, "
+                f"and what was kept is under {self._folder}"
             )
 
     def _tell(self) -> None:

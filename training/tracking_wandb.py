@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import wandb
 from PIL import Image
 
-INIT_TIMEOUT_S = 20.0
+INIT_TIMEOUT_S = 15.0
 """A service that has not answered by then is away."""
 FINISH_TIMEOUT_S = 30.0
 """What the service has not taken by then stays on disk."""
@@ -110,9 +111,10 @@ class WandbRun:
     ) -> None:
         """Stores a policy, and what the run started from as what it used: both ends of its lineage."""
         artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="policy", metadata=dict(metadata))
-        for file, content in files.items():
-            with artifact.new_file(file, mode="wb") as out:
-                out.write(content)
+        with tempfile.TemporaryDirectory() as copies:
+            for file, content in files.items():
+                (Path(copies) / file).write_bytes(content)
+            artifact.add_dir(copies, skip_cache=True, policy="mutable")  # wandb makes copies of its own.
         self._run.log_artifact(artifact, aliases=list(aliases))
         uses = metadata.get("uses", [])
         if self._online and isinstance(uses, Sequence):
