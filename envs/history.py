@@ -114,8 +114,11 @@ class History:
 
     @property
     def ended(self) -> BoolArray:
-        """(num_requests,) bool: finished, rejected, failed or aborted."""
-        return self.status != Status.UNFINISHED
+        """(num_requests,) bool: finished, rejected, failed or aborted.
+
+        Requests after a limit on decisions, which nobody routed, are not among them.
+        """
+        return self.seen & (self.status != Status.UNFINISHED)
 
     @property
     def deadline_s(self) -> FloatArray:
