@@ -1,5 +1,7 @@
 """The door of observations and actions for whoever holds a `ClusterState`: policies in a router, tests, notebooks."""
 
+import math
+
 import numpy as np
 
 from deflector.envs.actions import answer_action, nearest_action
@@ -7,17 +9,24 @@ from deflector.envs.compiled import entry
 from deflector.envs.observation import Mask, Observation, encode
 from deflector.envs.question import MEMORY, Question
 from deflector.envs.schema import Schema
-from deflector.envs.simulator.layout import DECISION_LENGTH, FloatArray
+from deflector.envs.simulator.layout import D_TTFT_DECODE, D_TTFT_PREFILL, DECISION_LENGTH, FloatArray
 from deflector.envs.simulator.routing import decode_decision, encode_decision
 from deflector.envs.state import ClusterState, Decision, Request
 
 
 class Encoder:
-    """Turns states into observations and actions into decisions; remembers the recent rate of arrivals."""
+    """Turns states into observations and actions into decisions; remembers the recent rate of arrivals.
+
+    Attributes:
+        schema: Sizes of observations and actions; may be replaced when nodes come or go.
+        predicted_ttft_s: TTFT by the best prefill node and by the best decode node, in seconds, as the analytical model
+            predicted them for the request last encoded; inf where there is no such node.
+    """
 
     def __init__(self, schema: Schema) -> None:
         """An encoder that has seen no request yet."""
         self.schema = schema
+        self.predicted_ttft_s = math.nan, math.nan
         self._answer = np.zeros(DECISION_LENGTH)
         self._no_parameters = np.zeros(0)
         self.reset()
@@ -32,6 +41,7 @@ class Encoder:
         mask = np.empty(self.schema.num_actions, np.bool_)
         scratch = np.empty(state.facts.num_nodes)
         _encode(self._question(state, request), request.max_output_tokens, self.schema.estimates, scratch, seen, mask)
+        self.predicted_ttft_s = float(self._answer[D_TTFT_PREFILL]), float(self._answer[D_TTFT_DECODE])
         return seen, mask
 
     def decision(self, state: ClusterState, request: Request, action: int) -> Decision:

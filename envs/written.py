@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with path.open("wb") as file:
             file.write(data)
         return
-    path = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    write_together({path.resolve(): data})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Replaces ordinary files, each at once, after all of them have been written out beside the old ones.
+
+    Raises:
+        OSError: If one cannot be written; all old files are then as they were.
+    """
+    written: dict[str, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        for path, content in contents.items():
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            written[name] = path
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+        for name, path in written.items():
+            os.replace(name, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        for name in written:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
         raise
 
 

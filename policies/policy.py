@@ -1,4 +1,4 @@
-"""What a policy is, and the analytical ones as objects: the compiled cores that rollouts use, behind one method."""
+"""What a policy is, policies made from their names, and the analytical ones: the compiled cores behind one method."""
 
 from typing import Protocol
 
@@ -11,6 +11,8 @@ from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.simulator.routing import decode_decision
 from deflector.envs.state import ClusterState, Decision, Request
 from deflector.policies.decide import decide
+from deflector.policies.learned import LearnedPolicy
+from deflector.policies.policy_file import read_policy
 from deflector.policies.registry import PolicySpec, parse_policy
 
 
@@ -49,12 +51,23 @@ class AnalyticalPolicy:
 
 
 def make_policy(text: str) -> Policy:
-    """A policy from its name, such as `kairos:alpha=1.0`.
+    """A policy from its name, such as `kairos:alpha=1.0` or `learned:PATH`.
 
     Raises:
-        InputError: If there is none of that name, or a parameter is off.
+        InputError: If there is none of that name, a parameter is off, or the path leads to no sound policy.
     """
-    return AnalyticalPolicy(parse_policy(text))
+    spec = parse_policy(text)
+    return LearnedPolicy(spec.path) if spec.info.kind == "learned" else AnalyticalPolicy(spec)
+
+
+def policy_key(text: str) -> str:
+    """A text that changes with all that a policy's decisions depend on, but the sources: for a learned one its weights.
+
+    Raises:
+        InputError: As `make_policy`.
+    """
+    spec = parse_policy(text)
+    return f"{spec.name}:{read_policy(spec.path).fingerprint}" if spec.info.kind == "learned" else text
 
 
 @entry

@@ -1,9 +1,12 @@
-"""Policies by name: `kairos`, `kairos:alpha=1.0,beta=0.5`, `prompt_threshold:tokens=1024`."""
+"""Policies by name: `kairos`, `kairos:alpha=1.0,beta=0.5`, `prompt_threshold:tokens=1024`, `learned:PATH`."""
 
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -21,12 +24,14 @@ class PolicyInfo:
         parameters: Name -> (default, smallest, largest), in the order in which the core reads them.
         summary: One line.
         looks: Whether it reads more of the cluster's state than which nodes are up.
+        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network.
     """
 
     number: int
     parameters: dict[str, tuple[float, float, float]]
     summary: str
     looks: bool = True
+    kind: str = "analytical"
 
 
 NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD, CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE = range(9)
@@ -63,6 +68,7 @@ POLICIES: dict[str, PolicyInfo] = {
         },
         "least predicted SLO misses, the arriving request's and everybody else's",
     ),
+    "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
 }
 
 
@@ -73,10 +79,12 @@ class PolicySpec:
     Attributes:
         name: Key of `POLICIES`.
         parameters: All of them, defaults filled in.
+        path: Folder of a learned policy; empty for all others.
     """
 
     name: str
     parameters: dict[str, float]
+    path: str = ""
 
     @property
     def info(self) -> PolicyInfo:
@@ -90,7 +98,7 @@ class PolicySpec:
 
 
 def parse_policy(text: str) -> PolicySpec:
-    """Reads `name` or `name:key=value,key=value`.
+    """Reads `name`, `name:key=value,key=value` or `learned:PATH`; a path may hold anything but a comma.
 
     Raises:
         InputError: Saying what is allowed.
@@ -100,6 +108,8 @@ def parse_policy(text: str) -> PolicySpec:
         near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"unknown policy '{name}': {hint}known are {', '.join(POLICIES)}")
+    if POLICIES[name].kind == "learned":
+        return PolicySpec(name, {}, _checked_path(text, tail.strip()))
     allowed = POLICIES[name].parameters
     values = {key: default for key, (default, _, _) in allowed.items()}
     for item in filter(None, (part.strip() for part in tail.split(","))):
@@ -118,8 +128,19 @@ def parse_policy(text: str) -> PolicySpec:
     return PolicySpec(name, values)
 
 
+def _checked_path(text: str, path: str) -> str:
+    if not path:
+        raise InputError(f"policy '{text}': name its folder, as in learned:my-policy: see deflector export --help")
+    if "," in path:
+        raise InputError(f"policy '{text}': a comma ends a policy's name: rename the folder, or name a link to it")
+    return path
+
+
 def split_policies(text: str) -> list[str]:
     """Splits `never,kairos:alpha=1.0,beta=0.5,least_ttft` into its three policies, each checked.
+
+    A part that looks like `key=value` belongs to the policy before it; any other begins a new one. The files of a
+    learned policy are not read.
 
     Raises:
         InputError: If one is unknown or malformed, or there is none.
@@ -132,19 +153,38 @@ def split_policies(text: str) -> list[str]:
             specs.append(part)
     if not specs:
         raise InputError(f"no policy given; known are {', '.join(POLICIES)}")
-    for spec in specs:
+    for before, spec in pairwise(["", *specs]):
+        if before.startswith("learned:") and spec.partition(":")[0] not in POLICIES:
+            raise InputError(
+                f"unknown policy '{spec}' after {before}, whose path ends at the comma: see deflector policies"
+            )
         parse_policy(spec)
     return specs
 
 
 def policy_names() -> tuple[str, ...]:
-    """All names, in the registry's order."""
-    return tuple(POLICIES)
+    """The names of the analytical policies, in the registry's order."""
+    return tuple(name for name, info in POLICIES.items() if info.kind == "analytical")
+
+
+def policy_labels(policies: Iterable[str]) -> dict[str, str]:
+    """What tables call policies: of a learned one's path, as much of its end as tells it from the others."""
+    specs = {text: parse_policy(text) for text in policies}
+    ends = {text: Path(spec.path).parts or (spec.path,) for text, spec in specs.items() if spec.path}
+    labels = {text: text for text in specs}
+    for text, parts in ends.items():
+        others = [other for other in ends.values() if other != parts]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        labels[text] = f"{specs[text].name}:{Path(*parts[-length:])}"
+    return labels
 
 
 def describe_policies() -> list[tuple[str, str, str]]:
     """(name, parameters with their defaults, one-line summary) of each policy."""
-    return [
-        (name, ", ".join(f"{key}={default:g}" for key, (default, _, _) in info.parameters.items()), info.summary)
-        for name, info in POLICIES.items()
-    ]
+    described = []
+    for name, info in POLICIES.items():
+        takes = ", ".join(f"{key}={default:g}" for key, (default, _, _) in info.parameters.items())
+        described.append((name, "PATH" if info.kind == "learned" else takes, info.summary))
+    return described

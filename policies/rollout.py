@@ -1,4 +1,4 @@
-"""A whole workload under one policy, compiled: simulator and decision core in one loop."""
+"""A whole workload under one policy: compiled, simulator and decision core in one loop, or with a policy's object."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from deflector.envs.simulator.routing import apply_decision
 from deflector.envs.state import StateRow
 from deflector.envs.workload import Workload
 from deflector.policies.decide import decide
-from deflector.policies.policy import make_policy
+from deflector.policies.policy import Policy, make_policy
 from deflector.policies.registry import parse_policy
 
 
@@ -48,7 +48,7 @@ class Rollout:
 
 
 def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0, warmup_s: float = 0.0) -> Rollout:
-    """Plays a workload to its end under an analytical policy; releases the interpreter's lock meanwhile.
+    """Plays a workload to its end; under an analytical policy, the interpreter's lock is released meanwhile.
 
     Args:
         spec: The cluster.
@@ -61,6 +61,8 @@ def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0
         InputError: If the policy or a profile is unknown.
     """
     chosen = parse_policy(policy)
+    if chosen.info.kind == "learned":
+        return play_policy(spec, workload, make_policy(policy), seed=seed, warmup_s=warmup_s)
     facts = spec.facts()
     slots = max(64, min(len(workload), 1024))
     world = new_world(
@@ -78,6 +80,18 @@ def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0
         world = grown(world, code)
     outcomes = Outcomes(workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, world.requests[:, :NUM_COLUMNS])
     return Rollout(outcomes, int(world.i[at.H_ITERATIONS]), world.log[: int(world.i[at.H_LOG_LENGTH])])
+
+
+def play_policy(
+    spec: ClusterSpec, workload: Workload, policy: Policy, *, seed: int = 0, warmup_s: float = 0.0
+) -> Rollout:
+    """The same with any policy's object, decision by decision."""
+    backend = SimulatedBackend(spec, workload, seed=seed, count_from_s=warmup_s)
+    policy.reset(seed)
+    while (question := backend.next_arrival()) is not None:
+        backend.apply(policy.decide(*question))
+    world = backend.world
+    return Rollout(backend.outcomes, int(world.i[at.H_ITERATIONS]), world.log[: int(world.i[at.H_LOG_LENGTH])])
 
 
 def time_decisions_us(

@@ -28,12 +28,13 @@ STATES_PER_CLUSTER = 100
 
 
 def test_every_policy_is_listed_with_its_defaults() -> None:
-    assert policy_names() == tuple(POLICIES)
-    assert len({info.number for info in POLICIES.values()}) == len(POLICIES)
+    assert {*policy_names()} < {*POLICIES}
+    assert len({POLICIES[name].number for name in policy_names()}) == len(policy_names())
     listed = {name: parameters for name, parameters, _ in describe_policies()}
     assert listed["kairos"] == "alpha=1.3, beta=1, cap=2048"
     assert listed["never"] == ""
-    for name, info in POLICIES.items():
+    for name in policy_names():
+        info = POLICIES[name]
         assert parse_policy(name).vector.tolist() == [default for default, _, _ in info.parameters.values()]
         assert all(low <= default <= high for default, low, high in info.parameters.values())
 
@@ -124,7 +125,7 @@ def check(decision: Decision, state: ClusterState, request: Request) -> None:
         assert np.isnan(predicted_s) or predicted_s > 0
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policy_names())
 @pytest.mark.parametrize("seed", range(0, 32, 3))
 def test_every_decision_can_be_carried_out(name: str, seed: int) -> None:
     _, asked = questions(seed)
@@ -135,7 +136,7 @@ def test_every_decision_can_be_carried_out(name: str, seed: int) -> None:
         np.testing.assert_array_equal(state.rows, before)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policy_names())
 def test_the_same_questions_get_the_same_answers(name: str) -> None:
     _, asked = questions(9)
     policy = make_policy(name)
@@ -167,7 +168,7 @@ def test_always_deflects_whatever_the_state(seed: int) -> None:
     ahead=st.lists(st.integers(0, 10**6), min_size=6, max_size=6),
     batch=st.lists(st.integers(0, 256), min_size=6, max_size=6),
     prompt=st.integers(1, 100_000),
-    name=st.sampled_from(list(POLICIES)),
+    name=st.sampled_from(policy_names()),
 )
 @example(up=[False] * 6, ahead=[0] * 6, batch=[0] * 6, prompt=1, name="slo_price")
 @example(up=[True] * 6, ahead=[0] * 6, batch=[256] * 6, prompt=100_000, name="least_ttft")
@@ -250,7 +251,7 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policy_names())
 @pytest.mark.parametrize("seed", range(4))
 def test_rollout_and_policy_object_play_the_same_run(name: str, seed: int) -> None:
     several = [random_case(k) for k in range(3000 + 10 * seed, 3010 + 10 * seed)]
@@ -263,7 +264,7 @@ def test_the_paths_taken_are_those_that_the_names_promise() -> None:
     case = busy_case(0)
     shares = {
         name: float(np.mean(rollout(case.spec, case.workload, name).outcomes.column(Column.PATH) == Path.DEFLECT))
-        for name in POLICIES
+        for name in policy_names()
     }
     assert shares["never"] == shares["round_robin"] == shares["least_loaded"] == 0
     assert shares["always"] == 1

@@ -14,7 +14,8 @@ from deflector.envs.scenarios import with_slos
 from deflector.envs.slo import SloSpec
 from deflector.envs.sources import Source
 from deflector.envs.workload import Workload
-from deflector.policies.registry import split_policies
+from deflector.policies.policy import policy_key
+from deflector.policies.registry import policy_labels, split_policies
 from deflector.training.settings import Evaluate, read_numbers, read_seeds
 from deflector.training.world import Site, read_sites
 
@@ -79,6 +80,8 @@ class Plan:
     Attributes:
         cells: In the order of the table.
         policies: As the user wrote them, the order of the rows.
+        policy_keys: Policy -> a text that changes with all that its decisions depend on, a learned one's weights too.
+        labels: Policy -> what tables and pictures call it.
         baseline: One of `policies`.
         seeds: Each gives all policies the same requests.
         slo_ttft: Promise on the time to the first token.
@@ -88,6 +91,8 @@ class Plan:
 
     cells: tuple[Cell, ...]
     policies: tuple[str, ...]
+    policy_keys: dict[str, str]
+    labels: dict[str, str]
     baseline: str
     seeds: tuple[int, ...]
     slo_ttft: SloSpec
@@ -137,12 +142,15 @@ def make_plan(settings: Evaluate, jobs: int) -> Plan:
         raise InputError(f"--warmup {settings.warmup:g}: give a number of seconds >= 0")
     policies = tuple(dict.fromkeys(split_policies(settings.policies)))
     baseline = _baseline(settings.baseline, policies)
+    policy_keys = {policy: policy_key(policy) for policy in policies}
     seeds = tuple(read_seeds(settings.seeds))
     sites = read_sites(settings, report_interval_s=settings.report_interval, duration_s=settings.duration)
     cells = _cells(sites, settings, jobs)
     plan = Plan(
         cells=cells,
         policies=policies,
+        policy_keys=policy_keys,
+        labels=policy_labels(policies),
         baseline=baseline,
         seeds=seeds,
         slo_ttft=slo_ttft,

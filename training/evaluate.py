@@ -116,7 +116,7 @@ def _make_folder(path: str) -> None:
 def _journal_keys(plan: Plan) -> dict[str, str]:
     """Run key -> a text that no run of any other evaluation has, unless it gives the same figures."""
     prints = {cell.key: plan.fingerprint(cell) for cell in plan.cells}
-    return {run.key: f"{prints[run.cell.key]}|{run.policy}|{run.seed}" for run in plan.runs}
+    return {run.key: f"{prints[run.cell.key]}|{plan.policy_keys[run.policy]}|{run.seed}" for run in plan.runs}
 
 
 def _earlier(journal: Journal, journal_keys: dict[str, str]) -> dict[str, RunMetrics]:

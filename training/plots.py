@@ -92,10 +92,9 @@ def _policy_legend(figure: Figure, plan: Plan, *, markers: bool) -> None:
     handles = []
     for index, policy in enumerate(plan.policies):
         color, marker, dash = _style(index)
-        handles.append(
-            Line2D([], [], color=color, marker=marker if markers else "", linestyle=dash, linewidth=2, label=policy)
-        )
-    longest = max(len(policy) for policy in plan.policies)
+        label, marker = plan.labels[policy], marker if markers else ""
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle=dash, linewidth=2, label=label))
+    longest = max(map(len, plan.labels.values()))
     columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (longest + 6))))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
@@ -247,7 +246,7 @@ def _ttft_parts(plan: Plan, title: str, cells: Sequence[Cell], rows: dict[str, l
         axis.set_xlim(0, longest_s * 1.18 or 1)
         axis.set_yticks(range(len(plan.policies)))
         first_in_row = number % _MOST_PANELS_IN_A_ROW == 0
-        axis.set_yticklabels([_wrapped(policy) for policy in plan.policies] if first_in_row else [])
+        axis.set_yticklabels([_wrapped(plan.labels[policy]) for policy in plan.policies] if first_in_row else [])
         axis.set_ylim(len(plan.policies) - 0.4, -0.6)
         axis.tick_params(axis="y", length=0)
         axis.grid(visible=False, axis="y")

@@ -66,7 +66,7 @@ def _print_cell(console: Console, plan: Plan, cell: Cell, rows: list[CellRow]) -
     wide = console.width >= WIDE_COLUMNS
     columns = [column for column in _columns(plan.baseline) if wide or not column.wide]
     table = _table()
-    longest = max(len(row.policy) for row in rows)
+    longest = max(len(plan.labels[row.policy]) for row in rows)
     table.add_column("\npolicy", overflow="fold", min_width=min(longest, 20 if wide else 12))
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
@@ -76,12 +76,12 @@ def _print_cell(console: Console, plan: Plan, cell: Cell, rows: list[CellRow]) -
             Text(column.show(row), style="bold" if winner is row else "")
             for column, winner in zip(columns, winners, strict=True)
         )
-        table.add_row(Text(row.policy, style="bold" if winners[0] is row else ""), *shown)
+        table.add_row(Text(plan.labels[row.policy], style="bold" if winners[0] is row else ""), *shown)
     console.print(table)
     for row in rows:
         lost = [f"{row.mean(count):,.0f} {what}" for what, count in _LOSSES if row.mean(count)]
         if lost:
-            console.print(f"{row.policy}: {' and '.join(lost)} requests a seed", highlight=False)
+            console.print(f"{plan.labels[row.policy]}: {' and '.join(lost)} requests a seed", highlight=False)
 
 
 _LOSSES: tuple[tuple[str, Callable[[RunMetrics], float]], ...] = (
@@ -175,7 +175,7 @@ def _print_summary(console: Console, plan: Plan, results: Results) -> None:
     for summary in summaries:
         mean, regret = summary.mean_attainment, summary.worst_regret
         table.add_row(
-            summary.policy,
+            plan.labels[summary.policy],
             Text(f"{mean * 100:.1f}", style="bold" if mean == best_mean else ""),
             Text(f"{regret * 100:.1f}", style="bold" if regret == least_regret else ""),
             summary.worst_cell.title if regret > 0 else "",
