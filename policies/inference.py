@@ -1,7 +1,8 @@
 """The trained network in NumPy: logits of any number of nodes from one set of weights, and the action they choose.
 
 The same sums as `deflector.training.network`, whose tensors keep their names and shapes here. No torch: a router loads
-NumPy alone.
+NumPy alone. Sums are in double precision, so that rounding, which is another in each library of linear algebra, decides
+nothing: the same policy makes the same decisions on every machine.
 """
 
 from collections.abc import Mapping
@@ -11,18 +12,17 @@ import numpy.typing as npt
 
 from deflector.envs.observation import Mask, Observation
 from deflector.envs.schema import RULES, Cluster, Decode, Prefill
-from deflector.envs.simulator.layout import IntArray
+from deflector.envs.simulator.layout import FloatArray, IntArray
 
 Float32Array = npt.NDArray[np.float32]
 Tensors = Mapping[str, Float32Array]
 
-TIE = 1e-5
-"""Logits that differ by no more are equal: nodes in equal states get equal logits but for rounding, which is another in
-each library of linear algebra."""
+TIE = 1e-9
+"""Logits that differ by no more are equal: nodes in equal states get equal logits but for rounding."""
 
 _WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
 # As arrays: NumPy takes twice as long with a Python number.
-_ZERO, _ONE = np.zeros((), np.float32), np.ones((), np.float32)
+_ZERO, _ONE = np.zeros(()), np.ones(())
 
 
 def actor_shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -50,7 +50,7 @@ def actor_shapes(width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def choose(logits: Float32Array, masks: Mask) -> IntArray:
+def choose(logits: FloatArray, masks: Mask) -> IntArray:
     """The possible action with the largest logit; of equal ones (`TIE`) the lowest.
 
     Args:
@@ -83,31 +83,31 @@ class Actor:
         """
         width = len(tensors["context.bias"])
         first_decode = _WIDTH + prefill_nodes * _PREFILL_WIDTH
-        self._seen = np.empty((count, first_decode + decode_nodes * _DECODE_WIDTH), np.float32)
+        self._seen = np.empty((count, first_decode + decode_nodes * _DECODE_WIDTH))
         rows = (
             self._seen[:, _WIDTH:first_decode].reshape(count, prefill_nodes, _PREFILL_WIDTH),
             self._seen[:, first_decode:].reshape(count, decode_nodes, _DECODE_WIDTH),
         )
         # A first column of ones meets the biases.
-        self._context = np.ones((count, 1 + _WIDTH + 4 * width), np.float32)
+        self._context = np.ones((count, 1 + _WIDTH + 4 * width))
         self._one_and_cluster, pooled = self._context[:, : 1 + _WIDTH], self._context[:, 1 + _WIDTH :]
         self._cluster_weights = _stacked(tensors, "prefill_cluster", "decode_cluster")
-        self._by_cluster = np.empty((count, 2 * width), np.float32)
+        self._by_cluster = np.empty((count, 2 * width))
         self._nodes = [
             _Nodes(tensors, kind, rows[k], self._by_cluster[:, k * width :][:, :width], pooled[:, 2 * k * width :])
             for k, kind in enumerate(("prefill", "decode"))
         ]
         self._context_weights = _stacked(tensors, "context")
-        self._one_and_whole = np.ones((count, 1 + width), np.float32)
+        self._one_and_whole = np.ones((count, 1 + width))
         self._whole_weights = _stacked(tensors, "action_context", "default_out")
-        self._by_whole = np.empty((count, width + 1), np.float32)
-        self._action_rows = np.ascontiguousarray(tensors["action_rows.weight"].T)
-        self._one_and_hidden = np.ones((count, decode_nodes, 1 + width), np.float32)
+        self._by_whole = np.empty((count, width + 1))
+        self._action_rows = _bare(tensors, "action_rows")
+        self._one_and_hidden = np.ones((count, decode_nodes, 1 + width))
         self._out_weights = _stacked(tensors, "action_out")
-        self._logits = np.empty((count, 1 + decode_nodes * RULES), np.float32)
+        self._logits = np.empty((count, 1 + decode_nodes * RULES))
         self._by_rule = self._logits[:, 1:].reshape(count, decode_nodes, RULES)
 
-    def logits(self, seen: Observation) -> Float32Array:
+    def logits(self, seen: Observation) -> FloatArray:
         """Scores every action.
 
         Args:
@@ -138,7 +138,7 @@ class _Nodes:
     """The nodes of one kind: their rows in the observation, and room for what is made of them."""
 
     def __init__(
-        self, tensors: Tensors, kind: str, rows: Float32Array, by_cluster: Float32Array, pooled: Float32Array
+        self, tensors: Tensors, kind: str, rows: FloatArray, by_cluster: FloatArray, pooled: FloatArray
     ) -> None:
         """Binds to views.
 
@@ -153,11 +153,11 @@ class _Nodes:
         width = by_cluster.shape[1]
         self._rows, self._present, self._by_cluster = rows, rows[:, :, :1], by_cluster[:, None]
         self._mean, self._largest = pooled[:, :width], pooled[:, width : 2 * width]
-        self._row_weights = np.ascontiguousarray(tensors[f"{kind}_rows.weight"].T)
+        self._row_weights = _bare(tensors, f"{kind}_rows")
         self._out_weights = _stacked(tensors, f"{kind}_out")
-        self._one_and_hidden = np.ones((count, nodes, 1 + width), np.float32)
+        self._one_and_hidden = np.ones((count, nodes, 1 + width))
         self._hidden = self._one_and_hidden[:, :, 1:]
-        self.encoded = np.empty((count, nodes, width), np.float32)
+        self.encoded = np.empty((count, nodes, width))
 
     def encode(self) -> None:
         """Writes `encoded` (count, nodes, width), zero for nodes that are not there, and its mean and maximum."""
@@ -173,7 +173,12 @@ class _Nodes:
         np.maximum.reduce(encoded, axis=1, out=self._largest)
 
 
-def _stacked(tensors: Tensors, *names: str) -> Float32Array:
+def _stacked(tensors: Tensors, *names: str) -> FloatArray:
     """(1 + inputs, outputs): layers side by side, their biases on top."""
     layers = [np.vstack([tensors[f"{name}.bias"], tensors[f"{name}.weight"].T]) for name in names]
-    return np.ascontiguousarray(np.hstack(layers))
+    return np.ascontiguousarray(np.hstack(layers), np.float64)
+
+
+def _bare(tensors: Tensors, name: str) -> FloatArray:
+    """(inputs, outputs) of a layer without biases."""
+    return np.ascontiguousarray(tensors[f"{name}.weight"].T, np.float64)

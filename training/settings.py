@@ -1,10 +1,10 @@
-"""What `deflector evaluate` and `saturation` are asked: the flags as they are written, and readers of their lists."""
+"""What `deflector evaluate`, `saturation` and `export` are asked: the flags as written, and readers of their lists."""
 
 import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from deflector.envs.errors import InputError
 
@@ -99,6 +99,30 @@ class Saturation(World):
 
     json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the rates here."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Make a policy that routers and evaluations take, of a checkpoint of a training run.
+
+    SOURCE is a run's folder, whose newest checkpoint is taken, or a checkpoint's .zip. A checkpoint can hold code: it
+    is read for its tensors only, its code is never run, and no command but train and export reads one at all. The
+    policy is a folder of two files that cannot hold code (policy.safetensors, policy.json) and need no torch; it routes
+    clusters of any size.
+
+    For example:
+
+    deflector export runs/first --out my-policy
+
+    deflector evaluate --policies never,kairos,learned:my-policy
+    """
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """A run's folder, or a .zip among its checkpoints with its .json beside it."""
+    out: Annotated[str, arg(metavar="DIR")]
+    """Folder of the policy; one that is there already is replaced."""
+    json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write what was exported here: checkpoint, size, hashes."""
 
 
 def read_numbers(text: str, flag: str) -> list[float]:

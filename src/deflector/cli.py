@@ -20,7 +20,7 @@ from tyro.conf import subcommand
 import deflector
 from deflector import commands
 from deflector.envs.errors import InputError
-from deflector.training.settings import Evaluate, Saturation
+from deflector.training.settings import Evaluate, Export, Saturation
 
 OVERVIEW = """Learn and deploy prefill deflection for disaggregated LLM serving.
 
@@ -40,6 +40,7 @@ PIPED_COLUMNS = 120
 COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     Evaluate: ("evaluate", commands.run_evaluate),
     Saturation: ("saturation", commands.run_saturation),
+    Export: ("export", commands.run_export),
     commands.Policies: ("policies", commands.run_policies),
     commands.Trace: ("trace", commands.run_trace),
     commands.Profile: ("profile", commands.run_profile),

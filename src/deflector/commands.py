@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
 from deflector.envs.errors import InputError
-from deflector.training.settings import Evaluate, Saturation
+from deflector.training.settings import Evaluate, Export, Saturation
 
 # Everything else is imported where it is used: `deflector --help` shall not wait for NumPy, let alone for Numba.
 
@@ -327,6 +327,23 @@ def run_compare_run(flags: CompareRun, console: Console) -> None:
 def _check_picture(path: str | None) -> None:
     if path is not None and Path(path).suffix not in PICTURES:
         raise InputError(f"--plot {path}: name a file that ends in one of {', '.join(PICTURES)}")
+
+
+def run_export(flags: Export, console: Console) -> None:
+    """Carries out `deflector export`."""
+    try:
+        from deflector.training.export import export_checkpoint
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"export reads checkpoints with torch, and there is no {error.name} here: pip install 'deflector[train]'"
+        ) from error
+    exported = export_checkpoint(flags.source, flags.out)
+    console.print(
+        f"{exported.checkpoint}: {exported.parameters:,} weights to {flags.out}: use it as learned:{flags.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _write(flags.json, {"command": "export", "out": flags.out} | exported.as_dict())
 
 
 def run_policies(flags: Policies, console: Console) -> None:
