@@ -318,7 +318,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint: Path, tmp_path
 
 
 def test_a_checkpoint_that_unpacks_to_too_much_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deflector.training.export._MOST_CHECKPOINT_BYTES", 10_000)
+    monkeypatch.setattr("deflector.training.checkpoint._MOST_BYTES", 10_000)
     with pytest.raises(InputError, match=r"unpacks to .* bytes, more than any checkpoint"):
         read_checkpoint(checkpoint)
 

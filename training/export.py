@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.save_util import load_from_zip_file
 
 from deflector.envs.errors import InputError
 from deflector.envs.schema import Schema
 from deflector.policies.inference import Float32Array, Tensors
 from deflector.policies.policy_file import StoredPolicy, write_policy
 from deflector.policies.policy_weights import check_weights
+from deflector.training.checkpoint import WANTED, read_parameters
 from deflector.training.network import EquivariantNetwork
 from deflector.training.self_test import make_self_tests
 
 _PREFIX = "mlp_extractor."
-_MOST_CHECKPOINT_BYTES = 1 << 30
 _MOST_BESIDE_BYTES = 1 << 20
 
 
@@ -106,31 +104,14 @@ def export_checkpoint(path: str | Path, folder: str | Path) -> Exported:
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of the network in a .zip that SB3's `model.save()` wrote, by their names in the network.
 
-    Nothing in it is unpickled but tensors (torch's `weights_only`): code that it may hold does not run.
-
     Raises:
         InputError: If it is no such file, or holds another network.
     """
-    path = Path(path)
-    remedy = "name a checkpoint that deflector train wrote"
-    if not path.is_file():
-        raise InputError(f"checkpoint {path}: there is no such file: {remedy}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > _MOST_CHECKPOINT_BYTES:
-            raise InputError(f"checkpoint {path}: it unpacks to {size:,} bytes, more than any checkpoint: {remedy}")
-        _, parameters, _ = load_from_zip_file(path, load_data=False, device="cpu")
-    except InputError:
-        raise
-    except Exception as error:  # torch's and zipfile's readers raise anything on what they cannot read.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"checkpoint {path}: it cannot be read for tensors ({reason}): {remedy}") from error
-    policy: Any = parameters.get("policy")
+    policy = read_parameters(Path(path)).get("policy")
     named = policy.items() if isinstance(policy, dict) else ()
     found = {name.removeprefix(_PREFIX): value for name, value in named if str(name).startswith(_PREFIX)}
     if not found or not all(map(_is_plain, found.values())):
-        raise InputError(f"checkpoint {path}: it holds no equivariant network in float32: {remedy}")
+        raise InputError(f"checkpoint {path}: it holds no equivariant network in float32: {WANTED}")
     return found
 
 

@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.save_util import load_from_zip_file
 
 import deflector
 from deflector.envs.errors import InputError
@@ -152,19 +150,3 @@ class RunFolder:
     def _cut_curve(self, decisions: int) -> None:
         rows = [row for row in self.rows() if row["decisions"] <= decisions]
         write_atomically(self.curve, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_tensors(archive: Path) -> dict[str, Any]:
-    """State of network and optimiser from a checkpoint; its other contents, which could hold code, are not read.
-
-    Returns:
-        What SB3's `set_parameters` takes.
-
-    Raises:
-        InputError: If it is no checkpoint.
-    """
-    try:
-        _, parameters, _ = load_from_zip_file(archive, load_data=False, device=torch.device("cpu"))
-    except Exception as error:  # SB3, zipfile and torch raise all kinds of errors on damaged files
-        raise InputError(f"checkpoint {archive}: damaged ({error}): remove it to go on from an earlier one") from error
-    return parameters

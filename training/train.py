@@ -15,12 +15,13 @@ import deflector
 from deflector.envs.errors import InputError
 from deflector.envs.vector import DeflectionVectorEnv
 from deflector.envs.written import write_json
+from deflector.training.checkpoint import read_parameters
 from deflector.training.export import export_policy
 from deflector.training.imitation import Demonstrations, demonstrate, imitate
 from deflector.training.learner import Curve, Keeper, make_model
 from deflector.training.network import EquivariantNetwork, network_of
 from deflector.training.progress import Progress
-from deflector.training.run_folder import Progressed, RunFolder, read_tensors
+from deflector.training.run_folder import Progressed, RunFolder
 from deflector.training.sb3_logging import TrackerOutput
 from deflector.training.semi_markov import ElapsedTime
 from deflector.training.tracking import Tracker, make_tracker
@@ -136,9 +137,9 @@ def _learn(
     lanes.scenarios.prepare(lambda done, total: None)
     model = make_model(config, env, lanes.schema)
     network = network_of(cast(Any, model.policy))
-    newest, lineage = folder.newest(), {"warm_start": config.warm_start.teacher or config.warm_start.demonstrations}
+    newest = folder.newest()
     if newest is not None:
-        model.set_parameters(read_tensors(newest[0]), device="cpu")
+        model.set_parameters(read_parameters(newest[0]), device="cpu")
         model.num_timesteps = newest[1].decisions
         at = newest[1]
     else:
@@ -149,7 +150,7 @@ def _learn(
         at = Progressed(0, config.seed, *sizes)
 
     def export(network: EquivariantNetwork, at: Progressed, name: str) -> None:
-        provenance = {
+        provenance: dict[str, object] = {
             "algorithm": config.algorithm,
             "decisions": at.decisions,
             "seed": config.seed,
@@ -158,7 +159,7 @@ def _learn(
         }
         export_policy(network, lanes.schema, folder.path / name, provenance)
         if name == "best":
-            tracker.artifact(folder.path / name, f"policy-{folder.identity}", ["best", "latest"], provenance | lineage)
+            tracker.artifact(folder.path / name, f"policy-{folder.identity}", ["best", "latest"], provenance)
 
     keeper = Keeper(
         folder,

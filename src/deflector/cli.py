@@ -21,6 +21,7 @@ import deflector
 from deflector import commands
 from deflector.envs.errors import InputError
 from deflector.training.settings import Evaluate, Export, Saturation
+from deflector.training.train_flags import Train
 
 OVERVIEW = """Learn and deploy prefill deflection for disaggregated LLM serving.
 
@@ -32,6 +33,12 @@ The same on a real trace, at several rates, with all figures and pictures on dis
 
 deflector evaluate --trace azure_code.csv.gz --rate 2,4,8 --json out.json --plots plots
 
+Train a policy, and compare it:
+
+deflector train --out runs/first
+
+deflector evaluate --policies never,kairos,learned:runs/first/best
+
 Every command explains itself: deflector evaluate --help"""
 
 PIPED_COLUMNS = 120
@@ -40,6 +47,7 @@ PIPED_COLUMNS = 120
 COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     Evaluate: ("evaluate", commands.run_evaluate),
     Saturation: ("saturation", commands.run_saturation),
+    Train: ("train", commands.run_train),
     Export: ("export", commands.run_export),
     commands.Policies: ("policies", commands.run_policies),
     commands.Trace: ("trace", commands.run_trace),

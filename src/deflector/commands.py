@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from deflector.envs.errors import InputError
 from deflector.training.settings import Evaluate, Export, Saturation
+from deflector.training.train_flags import Train
 
 # Everything else is imported where it is used: `deflector --help` shall not wait for NumPy, let alone for Numba.
 
@@ -327,6 +328,15 @@ def run_compare_run(flags: CompareRun, console: Console) -> None:
 def _check_picture(path: str | None) -> None:
     if path is not None and Path(path).suffix not in PICTURES:
         raise InputError(f"--plot {path}: name a file that ends in one of {', '.join(PICTURES)}")
+
+
+def run_train(flags: Train, console: Console) -> None:
+    """Carries out `deflector train`."""
+    try:
+        from deflector.training.train import train
+    except ModuleNotFoundError as error:
+        raise InputError(f"train needs {error.name}, which is not here: pip install 'deflector[train]'") from error
+    train(flags, console)
 
 
 def run_export(flags: Export, console: Console) -> None:
