@@ -71,6 +71,11 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
     `predicted_ttft_s` of the request at hand by the best prefill node (`prefill_path`) and the best decode node
     (`decode_path`), and `settled`: number, `attained`, `ttft_s` and `tbt_p99_s` of the requests that ended since.
 
+    ## Rendering
+
+    A timeline of the last 20 s, a lane for each node: prefill, prompt tokens ahead, deflected prefill, decode batch, KV
+    arriving, missed SLOs. `render_mode="rgb_array"`: `render()` returns it; "human": a window shows it at every step.
+
     ## Arguments
 
     Those of `deflector.envs.scenarios.ScenarioSettings`: `cluster`, `profile`, `workload`, `trace`, `load`, `rate_rps`,

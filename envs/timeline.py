@@ -261,8 +261,9 @@ def _draw_work(axes: Axes, run: _Run, full: _Full) -> None:
         begun = np.flatnonzero(shown & (at_s[:, begin] <= history.now_s))
         end_s = np.fmin(np.fmin(at_s[begun, end], at_s[begun, Moment.END]), history.now_s)
         bars = _bars(lanes.at(node[begun], low), lanes.at(node[begun], high), at_s[begun, begin], end_s)
-        edge = color if color == TRANSFER else "white"  # transfers are short: an edge of another colour would hide them
-        axes.add_collection(PolyCollection(list(bars), facecolors=color, edgecolors=edge, lw=0.4), autolim=False)
+        long = end_s - at_s[begun, begin] > 0.004 * (run.stop_s - run.start_s)  # a white edge would hide a short one
+        edges = np.where(long, "white", color).tolist()
+        axes.add_collection(PolyCollection(list(bars), facecolors=color, edgecolors=edges, lw=0.4), autolim=False)
 
 
 def _draw_misses(axes: Axes, run: _Run, full: _Full) -> None:
