@@ -45,9 +45,12 @@ class Encoder:
         return seen, mask
 
     def decision(self, state: ClusterState, request: Request, action: int) -> Decision:
-        """What an action means; one that is impossible means the default route."""
-        self._answer.fill(np.nan)
+        """What an action means; one that is impossible means the default route.
+
+        The decision's estimates are `predicted_ttft_s`.
+        """
         _answer(self._question(state, request), action)
+        self._answer[D_TTFT_PREFILL], self._answer[D_TTFT_DECODE] = self.predicted_ttft_s
         return decode_decision(self._answer)
 
     def action(self, state: ClusterState, request: Request, decision: Decision) -> int:

@@ -61,15 +61,17 @@ def choose(logits: FloatArray, masks: Mask) -> IntArray:
         (...,) action numbers.
     """
     possible = np.where(masks, logits, -np.inf)
-    chosen: IntArray = (possible >= possible.max(axis=-1, keepdims=True) - TIE).argmax(axis=-1)
+    best = np.maximum.reduce(possible, axis=-1, keepdims=True)
+    chosen: IntArray = (possible >= best - TIE).argmax(axis=-1)
     return chosen
 
 
 class Actor:
     """The network's logits for a fixed number of nodes and of observations at a time.
 
-    A call makes some thirty NumPy calls on arrays that are made once. At one observation it is their number that
-    counts, so biases are rows of the weights, and layers with the same input are one.
+    A call makes some two dozen NumPy calls on arrays that are made once. At one observation it is their number that
+    counts: so biases are rows of the weights, layers with the same input are one, and both kinds of nodes go through
+    theirs together, the narrower rows and the fewer nodes filled up with zeros.
     """
 
     def __init__(self, tensors: Tensors, prefill_nodes: int, decode_nodes: int, count: int = 1) -> None:
@@ -81,31 +83,46 @@ class Actor:
             decode_nodes: Rows for nodes that may decode.
             count: Observations at a time.
         """
-        width = len(tensors["context.bias"])
+        width, nodes = len(tensors["context.bias"]), max(prefill_nodes, decode_nodes)
         first_decode = _WIDTH + prefill_nodes * _PREFILL_WIDTH
         self._seen = np.empty((count, first_decode + decode_nodes * _DECODE_WIDTH))
-        rows = (
-            self._seen[:, _WIDTH:first_decode].reshape(count, prefill_nodes, _PREFILL_WIDTH),
-            self._seen[:, first_decode:].reshape(count, decode_nodes, _DECODE_WIDTH),
-        )
-        # A first column of ones meets the biases.
-        self._context = np.ones((count, 1 + _WIDTH + 4 * width))
-        self._one_and_cluster, pooled = self._context[:, : 1 + _WIDTH], self._context[:, 1 + _WIDTH :]
+        self._seen_cluster = self._seen[:, :_WIDTH]
+        self._seen_prefill = self._seen[:, _WIDTH:first_decode].reshape(count, prefill_nodes, _PREFILL_WIDTH)
+        self._seen_decode = self._seen[:, first_decode:].reshape(count, decode_nodes, _DECODE_WIDTH)
+        # Nodes of both kinds: (count, kind, node, ...).
+        self._rows = np.zeros((count, 2, nodes, _DECODE_WIDTH))
+        self._prefill_rows = self._rows[:, 0, :prefill_nodes, :_PREFILL_WIDTH]
+        self._decode_rows = self._rows[:, 1, :decode_nodes]
+        self._present = self._rows[:, :, :, :1]
+        self._row_weights = np.zeros((2, _DECODE_WIDTH, width))
+        self._row_weights[0, :_PREFILL_WIDTH] = tensors["prefill_rows.weight"].T
+        self._row_weights[1] = tensors["decode_rows.weight"].T
         self._cluster_weights = _stacked(tensors, "prefill_cluster", "decode_cluster")
         self._by_cluster = np.empty((count, 2 * width))
-        self._nodes = [
-            _Nodes(tensors, kind, rows[k], self._by_cluster[:, k * width :][:, :width], pooled[:, 2 * k * width :])
-            for k, kind in enumerate(("prefill", "decode"))
-        ]
+        self._by_cluster_and_kind = self._by_cluster.reshape(count, 2, 1, width)
+        # A first column of ones meets the biases.
+        self._one_and_hidden = np.ones((count, 2, nodes, 1 + width))
+        self._hidden = self._one_and_hidden[:, :, :, 1:]
+        self._out_weights = np.stack([_stacked(tensors, "prefill_out"), _stacked(tensors, "decode_out")])
+        self._encoded = np.empty((count, 2, nodes, width))
+        self._encoded_decode = self._encoded[:, 1, :decode_nodes]
+        self._context = np.ones((count, 1 + _WIDTH + 4 * width))
+        self._one_and_cluster, self._cluster = self._context[:, : 1 + _WIDTH], self._context[:, 1 : 1 + _WIDTH]
+        pooled = self._context[:, 1 + _WIDTH :].reshape(count, 2, 2, width)
+        self._mean, self._largest = pooled[:, :, 0], pooled[:, :, 1]
         self._context_weights = _stacked(tensors, "context")
         self._one_and_whole = np.ones((count, 1 + width))
+        self._whole = self._one_and_whole[:, 1:]
         self._whole_weights = _stacked(tensors, "action_context", "default_out")
         self._by_whole = np.empty((count, width + 1))
-        self._action_rows = _bare(tensors, "action_rows")
-        self._one_and_hidden = np.ones((count, decode_nodes, 1 + width))
-        self._out_weights = _stacked(tensors, "action_out")
+        self._shared, self._default = self._by_whole[:, None, :-1], self._by_whole[:, -1]
+        self._action_weights = np.ascontiguousarray(tensors["action_rows.weight"].T, np.float64)
+        self._one_and_action = np.ones((count, decode_nodes, 1 + width))
+        self._action = self._one_and_action[:, :, 1:]
+        self._rule_weights = _stacked(tensors, "action_out")
         self._logits = np.empty((count, 1 + decode_nodes * RULES))
-        self._by_rule = self._logits[:, 1:].reshape(count, decode_nodes, RULES)
+        self._default_logit = self._logits[:, 0]
+        self._rule_logits = self._logits[:, 1:].reshape(count, decode_nodes, RULES)
 
     def logits(self, seen: Observation) -> FloatArray:
         """Scores every action.
@@ -116,69 +133,33 @@ class Actor:
         Returns:
             (count, num_actions), overwritten by the next call.
         """
+        hidden, encoded, mean, whole, action = self._hidden, self._encoded, self._mean, self._whole, self._action
         np.copyto(self._seen, seen)
-        self._one_and_cluster[:, 1:] = self._seen[:, :_WIDTH]
+        np.copyto(self._cluster, self._seen_cluster)
+        np.copyto(self._prefill_rows, self._seen_prefill)
+        np.copyto(self._decode_rows, self._seen_decode)
         np.matmul(self._one_and_cluster, self._cluster_weights, out=self._by_cluster)
-        for nodes in self._nodes:
-            nodes.encode()
-        whole = self._one_and_whole[:, 1:]
-        np.matmul(self._context, self._context_weights, out=whole)
-        np.maximum(whole, _ZERO, out=whole)
-        np.matmul(self._one_and_whole, self._whole_weights, out=self._by_whole)
-        hidden = self._one_and_hidden[:, :, 1:]
-        np.matmul(self._nodes[1].encoded, self._action_rows, out=hidden)
-        np.add(hidden, self._by_whole[:, None, :-1], out=hidden)
-        np.maximum(hidden, _ZERO, out=hidden)
-        np.matmul(self._one_and_hidden, self._out_weights, out=self._by_rule)
-        self._logits[:, 0] = self._by_whole[:, -1]
-        return self._logits
-
-
-class _Nodes:
-    """The nodes of one kind: their rows in the observation, and room for what is made of them."""
-
-    def __init__(
-        self, tensors: Tensors, kind: str, rows: FloatArray, by_cluster: FloatArray, pooled: FloatArray
-    ) -> None:
-        """Binds to views.
-
-        Args:
-            tensors: The weights.
-            kind: Prefix of the layers' names.
-            rows: (count, nodes, features), of which the first says whether the node is there.
-            by_cluster: (count, width), what the cluster's features add to each node.
-            pooled: (count, >= 2 * width), where mean and maximum go.
-        """
-        count, nodes, _ = rows.shape
-        width = by_cluster.shape[1]
-        self._rows, self._present, self._by_cluster = rows, rows[:, :, :1], by_cluster[:, None]
-        self._mean, self._largest = pooled[:, :width], pooled[:, width : 2 * width]
-        self._row_weights = _bare(tensors, f"{kind}_rows")
-        self._out_weights = _stacked(tensors, f"{kind}_out")
-        self._one_and_hidden = np.ones((count, nodes, 1 + width))
-        self._hidden = self._one_and_hidden[:, :, 1:]
-        self.encoded = np.empty((count, nodes, width))
-
-    def encode(self) -> None:
-        """Writes `encoded` (count, nodes, width), zero for nodes that are not there, and its mean and maximum."""
-        hidden, encoded = self._hidden, self.encoded
         np.matmul(self._rows, self._row_weights, out=hidden)
-        np.add(hidden, self._by_cluster, out=hidden)
+        np.add(hidden, self._by_cluster_and_kind, out=hidden)
         np.maximum(hidden, _ZERO, out=hidden)
         np.matmul(self._one_and_hidden, self._out_weights, out=encoded)
         np.maximum(encoded, _ZERO, out=encoded)
         np.multiply(encoded, self._present, out=encoded)
-        np.add.reduce(encoded, axis=1, out=self._mean)
-        np.divide(self._mean, np.maximum(np.add.reduce(self._present, axis=1), _ONE), out=self._mean)
-        np.maximum.reduce(encoded, axis=1, out=self._largest)
+        np.add.reduce(encoded, axis=2, out=mean)
+        np.divide(mean, np.maximum(np.add.reduce(self._present, axis=2), _ONE), out=mean)
+        np.maximum.reduce(encoded, axis=2, out=self._largest)
+        np.matmul(self._context, self._context_weights, out=whole)
+        np.maximum(whole, _ZERO, out=whole)
+        np.matmul(self._one_and_whole, self._whole_weights, out=self._by_whole)
+        np.matmul(self._encoded_decode, self._action_weights, out=action)
+        np.add(action, self._shared, out=action)
+        np.maximum(action, _ZERO, out=action)
+        np.matmul(self._one_and_action, self._rule_weights, out=self._rule_logits)
+        np.copyto(self._default_logit, self._default)
+        return self._logits
 
 
 def _stacked(tensors: Tensors, *names: str) -> FloatArray:
     """(1 + inputs, outputs): layers side by side, their biases on top."""
     layers = [np.vstack([tensors[f"{name}.bias"], tensors[f"{name}.weight"].T]) for name in names]
     return np.ascontiguousarray(np.hstack(layers), np.float64)
-
-
-def _bare(tensors: Tensors, name: str) -> FloatArray:
-    """(inputs, outputs) of a layer without biases."""
-    return np.ascontiguousarray(tensors[f"{name}.weight"].T, np.float64)

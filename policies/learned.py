@@ -1,6 +1,5 @@
 """A trained network as a policy: what a router knows, encoded; a logit for every action; the best possible one."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from deflector.envs.cluster import ClusterFacts
@@ -37,10 +36,7 @@ class LearnedPolicy:
             self._fit(state.facts)
         encoder = self._encoder
         seen, mask = encoder.encode(state, request)
-        action = int(choose(self._actor.logits(seen)[0], mask))
-        prefill_path_s, decode_path_s = encoder.predicted_ttft_s
-        decision = encoder.decision(state, request, action)
-        return replace(decision, ttft_prefill_path_s=prefill_path_s, ttft_decode_path_s=decode_path_s)
+        return encoder.decision(state, request, int(choose(self._actor.logits(seen)[0], mask)))
 
     def _fit(self, facts: ClusterFacts) -> None:
         """Makes room for the nodes of a cluster."""
