@@ -24,7 +24,7 @@ from deflector.policies.teachers import Teacher
 from deflector.training.network import EquivariantNetwork
 from deflector.training.train_config import WarmStart
 
-BATCH = 4096
+BATCH = 512
 _TENSORS = ("actions", "masks", "observations")
 _KEY = "deflector"
 

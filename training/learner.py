@@ -170,6 +170,7 @@ class Keeper(BaseCallback):
             self.at = replace(self.at, since_best=self.at.since_best + 1)
         for name, value in found.figures().items():
             self.logger.record(name, value)
+        self.logger.dump(self.num_timesteps)
         self._report(found, self.at)
         patience = self._folder.config.validation.patience
         self._stop = patience is not None and self.at.since_best >= patience

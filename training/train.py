@@ -79,8 +79,8 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         if flags.print_config:
             console.print(config.as_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
             return {}
-        out = flags.out or f"runs/{config.algorithm}-seed{config.seed}"
-        folder = RunFolder.begin(out, config)
+        check(config)
+        folder = RunFolder.begin(flags.out or f"runs/{config.algorithm}-seed{config.seed}", config)
     tracker = make_tracker(
         flags.track,
         folder=folder.path,
@@ -183,6 +183,18 @@ def _learn(
     assert keeper.at.best is not None
     best = (keeper.at.best, keeper.at.best_decisions)
     return Trained(f"learned:{folder.path / 'best'}", model.num_timesteps, validated, best, rate)
+
+
+def check(config: TrainConfig) -> None:
+    """Looks at all that a run will need before anything is written.
+
+    Raises:
+        InputError: In one line, with the remedy.
+    """
+    lanes = make_lanes(config)
+    if config.warm_start.demonstrations is not None:
+        Demonstrations.load(config.warm_start.demonstrations, lanes.schema)
+    Validator(config)
 
 
 def make_lanes(config: TrainConfig) -> DeflectionVectorEnv:

@@ -144,7 +144,8 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "TrainConfig":
-        for name in (*self.validation.policies, self.evolution.policy):
+        teachers = () if self.warm_start.teacher is None else (self.warm_start.teacher,)
+        for name in (*self.validation.policies, self.evolution.policy, *teachers):
             parse_policy(name)
         return self
 
