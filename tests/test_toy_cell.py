@@ -1,7 +1,6 @@
 """A cell whose optimum is known: six requests, every sequence of actions played, and training finds the best one."""
 
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
