@@ -13,8 +13,6 @@ from deflector.envs.estimates import (
     work_ahead_s,
 )
 from deflector.envs.question import (
-    BLOCK_SIZE,
-    KV_BLOCKS,
     ROLE,
     RULE_CAP,
     RULE_SAFE,
@@ -24,6 +22,8 @@ from deflector.envs.question import (
     answer_disaggregate,
     can_decode,
     can_prefill,
+    holds_more_than_prompt,
+    holds_prompt,
     least_loaded_decode_node,
     use_cap,
     use_largest_safe,
@@ -46,28 +46,33 @@ _LARGE_TOKENS, _SMALL_TOKENS = CAPS_TOKENS
 def answer_action(q: Question, action: int) -> None:
     """Writes the decision that an action stands for into the answer, as `Decision` is laid out there.
 
-    An action that names no such node, or a node that cannot do it, is the default route.
+    An action that is not possible is the default route.
     """
+    if not _answered(q, action):
+        answer_default(q)
+
+
+@inner
+def _answered(q: Question, action: int) -> bool:
+    """Writes the decision of an action that is possible and not the default; returns whether it is."""
     rule = (action - 1) % RULES
     node = decode_node_of(q, (action - 1) // RULES) if action > DEFAULT_ACTION else -1
-    if node < 0 or not can_decode(q, node):
-        answer_default(q)
-    elif rule == _JOIN:
+    if node < 0 or not can_decode(q, node) or not holds_more_than_prompt(q, node):
+        return False
+    if rule == _JOIN:
         source = best_source(q, node)
-        if source < 0:
-            answer_default(q)
-        else:
-            answer_disaggregate(q, source, node, _CHOSEN)
-    else:
-        answer_deflect(q, node, _CHOSEN)
-        if rule == _SAFE:
-            use_largest_safe(q, tbt_limit_s(q, node, SAFE_SHARE))
-        elif rule == _LARGE:
-            use_cap(q, _LARGE_TOKENS)
-        elif rule == _SMALL:
-            use_cap(q, _SMALL_TOKENS)
-        elif decode_path_s(q, node, tbt_limit_s(q, node, 1.0)) == np.inf:
-            answer_default(q)
+        answer_disaggregate(q, source, node, _CHOSEN)
+        return source >= 0
+    answer_deflect(q, node, _CHOSEN)
+    if rule in (_LARGE, _SMALL):
+        use_cap(q, _LARGE_TOKENS if rule == _LARGE else _SMALL_TOKENS)
+        return True
+    if decode_path_s(q, node, tbt_limit_s(q, node, 1.0)) == np.inf:
+        return False
+    if rule == _SAFE:
+        q.answer[at.D_NUM_RUNS] = 0.0
+        use_largest_safe(q, tbt_limit_s(q, node, SAFE_SHARE))
+    return True
 
 
 @inner
@@ -84,7 +89,7 @@ def is_possible(q: Question, action: int) -> bool:
         return True
     rule = (action - 1) % RULES
     node = decode_node_of(q, (action - 1) // RULES)
-    if node < 0 or not can_decode(q, node) or q.prompt_tokens >= q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]:
+    if node < 0 or not can_decode(q, node) or not holds_more_than_prompt(q, node):
         return False
     if rule == _JOIN:
         return best_source(q, node) >= 0
@@ -93,10 +98,10 @@ def is_possible(q: Question, action: int) -> bool:
 
 @inner
 def best_source(q: Question, target: int) -> int:
-    """The prefill node from which a request is predicted to reach `target` soonest; -1 if there is none."""
+    """The prefill node from which a request is predicted to reach `target` soonest; -1 if none can hold it."""
     best, soonest_s = -1, np.inf
     for node in range(q.rows.shape[1]):
-        if node != target and can_prefill(q, node):
+        if node != target and can_prefill(q, node) and holds_prompt(q, node):
             ready_s = work_ahead_s(q, node) + own_prefill_s(q, node) + transfer_s(q, node, target)
             if ready_s < soonest_s:
                 best, soonest_s = node, ready_s

@@ -174,9 +174,9 @@ class ClusterSpec(_Strict):
         return ClusterFacts(rows, np.stack([profile.table(longest) for profile in profiles]), tuple(profiles))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ClusterFacts:
-    """What never changes about a cluster, as arrays.
+    """What never changes about a cluster, as arrays; equal to itself alone.
 
     Attributes:
         nodes: (num_nodes, len(NodeField)) float64.

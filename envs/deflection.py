@@ -1,6 +1,7 @@
 """`deflector/Deflection-v0`: one step routes one arriving request."""
 
-from typing import Any, SupportsInt, cast
+import operator
+from typing import Any, SupportsIndex, cast
 
 import gymnasium
 import numpy as np
@@ -62,14 +63,16 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
 
     ## Episode end
 
-    *Terminated* when the last request of the workload has ended. *Truncated* after `max_decisions`: no more requests
-    arrive, those routed are played to their end and charged, and the observation is that of the next decision.
+    *Terminated* when the last request of the workload has ended; the observation is then zero. *Truncated* after
+    `max_decisions`: no more requests arrive, those routed are played to their end and charged, and the observation is
+    that of the next decision.
 
     ## Info
 
     `elapsed_s` since the decision before, `now_s`, `invalid_action`, `reward_parts` (`ttft`, `tbt`, `waiting`),
     `predicted_ttft_s` of the request at hand by the best prefill node (`prefill_path`) and the best decode node
-    (`decode_path`), and `settled`: number, `attained`, `ttft_s` and `tbt_p99_s` of the requests that ended since.
+    (`decode_path`), inf where there is none and nan after the last request, and `settled`: number, `attained`, `ttft_s`
+    and `tbt_p99_s` of the requests that ended since.
 
     ## Rendering
 
@@ -134,22 +137,30 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
             self._renderer.follow(self._stepper.lanes)
         return self._stepper.seen[0].copy(), self._info()
 
-    def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: SupportsIndex) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Routes the request at hand and plays on to the next one.
 
         Raises:
+            InputError: If the action is no integer.
             RuntimeError: If the episode is over, or none has begun.
         """
         stepper = self._stepper
         if stepper.stages[0] != Stage.DECISION:
             raise RuntimeError("no request waits to be routed: call reset()")
-        self._actions[0] = int(action)
+        self._actions[0] = self._checked(action)
         stepper.step(self._actions)
         if self._renderer is not None:
             self._renderer.follow(stepper.lanes)
         stage = stepper.stages[0]
-        reward = -float(stepper.lanes.costs.sum())
+        reward = 0.0 - float(stepper.lanes.costs.sum())
         return stepper.seen[0].copy(), reward, bool(stage == Stage.OVER), bool(stage == Stage.CUT), self._info()
+
+    def _checked(self, action: SupportsIndex) -> int:
+        try:
+            number = operator.index(action)
+        except TypeError:
+            raise InputError(f"action {action!r}: give one integer from 0 to {self.schema.num_actions - 1}") from None
+        return number if 0 <= number < self.schema.num_actions else -1
 
     def action_masks(self) -> Mask:
         """(num_actions,) bool: which actions are possible for the request at hand."""
@@ -185,7 +196,13 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
         return self._stepper.lanes.outcomes(0)
 
     def question(self) -> tuple[ClusterState, Request]:
-        """The decision at hand, as a `Policy` takes it."""
+        """The decision at hand, as a `Policy` takes it.
+
+        Raises:
+            RuntimeError: If the episode is over, or none has begun.
+        """
+        if self._stepper.stages[0] != Stage.DECISION:
+            raise RuntimeError("no request waits to be routed: call reset()")
         world, episode = self._stepper.lanes.world(0), self.episode
         slot = int(world.i[at.H_SLOT0_I]) + int(world.i[at.H_CURRENT]) * at.SLOT_I
         state = ClusterState(float(world.f[at.G_NOW]), self._stepper.lanes.rows(0).copy(), episode.facts)
@@ -199,7 +216,7 @@ class DeflectionEnv(gymnasium.Env[Observation, np.int64]):
             "elapsed_s": float(stepper.elapsed_s[0]),
             "now_s": float(stepper.lanes.world(0).f[at.G_NOW]),
             "invalid_action": bool(stepper.invalid[0]),
-            "reward_parts": {"ttft": -costs[Cost.TTFT], "tbt": -costs[Cost.TBT], "waiting": -costs[Cost.WAITING]},
+            "reward_parts": {part.name.lower(): 0.0 - costs[part] for part in Cost},
             "predicted_ttft_s": {"prefill_path": times_s[PREFILL_PATH_S], "decode_path": times_s[DECODE_PATH_S]},
             "settled": settled,
         }

@@ -167,13 +167,18 @@ class Lengths(_Strict):
     def draw(self, count: int, rng: np.random.Generator) -> IntArray:
         """(count,) tokens; the first n are the same whatever the count."""
         choice, within = rng.random((count, 2)).T
+        if len(self.components) == 1:
+            return self._whole(self.components[0].truncated(within, self.min - 0.5, self.max + 0.5))
         ends = np.cumsum([part.weight for part in self.components])
         which = np.minimum(np.searchsorted(ends, choice, side="right"), len(ends) - 1)
         lengths = np.empty(count)
         for index, part in enumerate(self.components):
             chosen = which == index
             lengths[chosen] = part.truncated(within[chosen], self.min - 0.5, self.max + 0.5)
-        # Half a token beyond either end, so that both ends are as likely as their neighbours after rounding.
+        return self._whole(lengths)
+
+    def _whole(self, lengths: FloatArray) -> IntArray:
+        """Rounded; half a token beyond either end makes both ends as likely as their neighbours."""
         return np.clip(np.rint(lengths), self.min, self.max).astype(np.int64)
 
 
@@ -223,7 +228,9 @@ def get_shape(name: str) -> Shape:
     return shapes[name]
 
 
-def generate(shape: str, *, rate_rps: float, duration_s: float, seed: int | Sequence[int]) -> Workload:
+def generate(
+    shape: str, *, rate_rps: float, duration_s: float, seed: int | Sequence[int], most: int | None = None
+) -> Workload:
     """A workload of a named shape.
 
     Args:
@@ -231,6 +238,7 @@ def generate(shape: str, *, rate_rps: float, duration_s: float, seed: int | Sequ
         rate_rps: Mean rate in requests/s over the long run; a short bursty workload may be far from it, or even empty.
         duration_s: Requests arrive in [0, duration_s) seconds.
         seed: Same seed, same bits; a non-negative integer, or several for a seed keyed by more than one number.
+        most: Stop after so many requests: the first of those that there are without it.
 
     Returns:
         Requests without SLOs (see `attach_slo`). `max_output_tokens` is the shape's largest output.
@@ -249,7 +257,7 @@ def generate(shape: str, *, rate_rps: float, duration_s: float, seed: int | Sequ
     if np.min(np.asarray(seed)) < 0:
         raise InputError(f"workload '{shape}': seed is {seed}, give a number >= 0")
     states, gaps, prompts, outputs = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
-    arrival_s = _arrivals(spec, rate_rps, duration_s, states, gaps)
+    arrival_s = _arrivals(spec, rate_rps, duration_s, states, gaps, most)
     return Workload.without_slo(
         arrival_s,
         spec.prompt_tokens.draw(len(arrival_s), prompts),
@@ -259,7 +267,12 @@ def generate(shape: str, *, rate_rps: float, duration_s: float, seed: int | Sequ
 
 
 def _arrivals(
-    shape: Shape, rate_rps: float, duration_s: float, states: np.random.Generator, gaps: np.random.Generator
+    shape: Shape,
+    rate_rps: float,
+    duration_s: float,
+    states: np.random.Generator,
+    gaps: np.random.Generator,
+    most: int | None = None,
 ) -> FloatArray:
     """(num_requests,) seconds in [0, duration_s), increasing."""
     process = shape.arrivals
@@ -270,7 +283,7 @@ def _arrivals(
     # Each segment's end in operational time; an OFF segment has none, so no renewal falls into it.
     ends = np.cumsum(rates * np.diff(starts_s, append=duration_s))
     begins = np.concatenate([[0.0], ends[:-1]])
-    at = _renewals(process.gap_cv, float(ends[-1]), gaps)
+    at = _renewals(process.gap_cv, float(ends[-1]), gaps, most)
     segment = np.searchsorted(ends, at, side="right")
     arrival_s = starts_s[segment] + (at - begins[segment]) / rates[segment]
     arrival_s = np.maximum.accumulate(arrival_s)  # Rounding may swap the two sides of a segment's edge.
@@ -297,13 +310,16 @@ def _rate_segments(
     return starts_s, rate_rps / mean_rate * state_rates[in_high.astype(np.int64)]
 
 
-def _renewals(cv: float, until: float, rng: np.random.Generator) -> FloatArray:
-    """Points of a stationary renewal process in [0, until): unit-mean gamma gaps of coefficient of variation `cv`."""
+def _renewals(cv: float, until: float, rng: np.random.Generator, most: int | None) -> FloatArray:
+    """Points of a stationary renewal process in [0, until): unit-mean gamma gaps of coefficient of variation `cv`.
+
+    At most `most` of them, the first ones, if that is given.
+    """
     shape = cv**-2
     # The gap that covers time 0 is length-biased, a gamma of shape + 1, and 0 falls anywhere in it.
     gaps = np.array([rng.random() * rng.standard_gamma(shape + 1) / shape])
-    while gaps.sum() < until:
-        more = 16 + int(until + 4 * cv * math.sqrt(until)) - len(gaps)
-        gaps = np.concatenate([gaps, rng.standard_gamma(shape, max(more, 16)) / shape])
-    points = np.cumsum(gaps)
+    while gaps.sum() < until and (most is None or len(gaps) < most):
+        more = 16 + int(until + 4 * cv * math.sqrt(until)) if most is None else most
+        gaps = np.concatenate([gaps, rng.standard_gamma(shape, max(more - len(gaps), 16)) / shape])
+    points = np.cumsum(gaps)[:most]
     return points[points < until]

@@ -47,10 +47,10 @@ class Stage(IntEnum):
     """Nothing: its time limit was reached, and what had been routed has been played to the end."""
 
 
-# Columns of Lanes.i: stage, whether its arrivals have been cut off, decisions left to the default route and to the
-# agent (-1: all), whether the last action was masked out.
-STAGE, IS_CUT, BURN_IN, DECISIONS_LEFT, INVALID = range(5)
-LANE_I = 5
+# Columns of Lanes.i: stage, whether its arrivals have been cut off, decisions left to the agent (-1: all), whether the
+# last action was masked out.
+STAGE, IS_CUT, DECISIONS_LEFT, INVALID = range(4)
+LANE_I = 4
 # Columns of Lanes.f: time of the last decision, how long after the one before it the present one came, the TTFT
 # predicted for the request at hand by the best prefill node and by the best decode node, and what of the step's cost
 # was settled before the arrivals were cut off.
@@ -68,7 +68,7 @@ class Episode:
         workload: The requests, SLOs attached.
         seed: Of step noise and report loss.
         burn_in_decisions: So many requests at the beginning take the default route and are not charged.
-        max_decisions: Requests that the agent routes before the arrivals are cut off; None for all.
+        max_decisions: Decisions of the agent before the arrivals are cut off; None for all.
     """
 
     spec: ClusterSpec
@@ -112,13 +112,11 @@ class Lanes:
         rows = np.zeros((len(StateRow), episode.facts.num_nodes))
         self.worlds[lane], self.episodes[lane] = world, episode
         self._kept[lane] = (heap, slos, counts, rows, memory)
-        for column, array in ((_HEAP, heap), (_SLOS, slos), (_COUNTS, counts), (_ROWS, rows), (_MEMORY, memory)):
-            self.table[lane, column] = array.ctypes.data
-        self.table[lane, _COSTS] = self.costs[lane : lane + 1].ctypes.data
-        self.i[lane] = Stage.READY, 0, episode.burn_in_decisions, -1, 0
+        self.i[lane] = Stage.READY, 0, -1, 0
         if episode.max_decisions is not None:
             self.i[lane, DECISIONS_LEFT] = episode.max_decisions
         self.f[lane] = 0.0
+        self.costs[lane] = 0.0
         self._point_at(lane, world)
 
     def grow(self, lane: int) -> None:
@@ -158,8 +156,18 @@ class Lanes:
         load = episode.workload
         return Outcomes(load.arrival_s, load.ttft_slo_s, load.tbt_slo_s, world.requests[:, :NUM_COLUMNS])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes a copy (`copy.deepcopy`, `pickle`) independent of the original: its table leads to its own arrays."""
+        self.__dict__.update(state)
+        for lane, world in enumerate(self.worlds):
+            if world is not None:
+                self._point_at(lane, world)
+
     def _point_at(self, lane: int, w: World) -> None:
+        """Writes the addresses of a lane's arrays into the table."""
         row = self.table[lane]
+        row[[_HEAP, _SLOS, _COUNTS, _ROWS, _MEMORY]] = [array.ctypes.data for array in self._kept[lane]]
+        row[_COSTS] = self.costs.ctypes.data + lane * self.costs.strides[0]
         row[[_F, _F_LENGTH]] = w.f.ctypes.data, len(w.f)
         row[[_I, _I_LENGTH]] = w.i.ctypes.data, len(w.i)
         row[[_LOG, _LOG_ROWS]] = w.log.ctypes.data, len(w.log)

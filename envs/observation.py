@@ -32,6 +32,8 @@ from deflector.envs.question import (
     Question,
     can_decode,
     can_prefill,
+    holds_more_than_prompt,
+    holds_prompt,
 )
 from deflector.envs.schema import CAPS_TOKENS, RATE_WINDOWS_S, RULES, TOP, Cluster, Decode, Prefill, Rule
 from deflector.envs.simulator import layout as at
@@ -111,7 +113,8 @@ def encode(
                 seen[row + _P_AHEAD] = _folded(ahead_s)
                 seen[row + _P_SHARE] = _folded(ahead_s / slo_s)
                 seen[row + _P_TTFT] = _folded(ttft_s / slo_s) if estimates else 0.0
-                seen[row + _P_KV] = q.rows[KV_USED, node] / (q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE])
+                capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
+                seen[row + _P_KV] = min(q.rows[KV_USED, node] / capacity, TOP)
                 seen[row + _P_AGE] = _folded(10.0 * q.rows[_AGE, node])
         row += _PREFILL_WIDTH
     decode_ttft_s, decode_nodes, number = np.inf, 0, 0
@@ -186,17 +189,17 @@ def _encode_decode_node(
     planned_s = decode_path_s(q, node, limit_s)
     join_ttft_s = np.inf
     for source in range(q.rows.shape[1]):
-        if source != node and can_prefill(q, source):
+        if source != node and can_prefill(q, source) and holds_prompt(q, source):
             join_ttft_s = min(join_ttft_s, scratch[source] + transfer_s(q, source, node))
     join_ttft_s += join_s(q, node)
-    fits = q.prompt_tokens < capacity
+    fits = holds_more_than_prompt(q, node)
     mask[first_action + _JOIN] = fits and join_ttft_s < np.inf
     mask[first_action + _PLANNED] = mask[first_action + _SAFE] = fits and planned_s < np.inf
     mask[first_action + _LARGE] = mask[first_action + _SMALL] = fits
     seen[row + _D_PRESENT] = 1.0
     seen[row + _D_DECODES] = _folded(q.rows[DECODES, node])
-    seen[row + _D_BATCH] = q.rows[DECODES, node] / q.nodes[node, _MAX_SEQS]
-    seen[row + _D_KV] = q.rows[KV_USED, node] / capacity
+    seen[row + _D_BATCH] = min(q.rows[DECODES, node] / q.nodes[node, _MAX_SEQS], TOP)
+    seen[row + _D_KV] = min(q.rows[KV_USED, node] / capacity, TOP)
     seen[row + _D_KV_AFTER] = min((q.rows[KV_USED, node] + promised) / capacity, TOP)
     seen[row + _D_INCOMING] = _folded(q.rows[INCOMING, node])
     seen[row + _D_DEFLECTED] = _folded(q.rows[DEFLECTED, node])

@@ -70,6 +70,18 @@ def can_decode(q: Question, node: int) -> bool:
 
 
 @inner
+def holds_prompt(q: Question, node: int) -> bool:
+    """Whether the prompt fits into a node's KV at all."""
+    return q.prompt_tokens <= q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
+
+
+@inner
+def holds_more_than_prompt(q: Question, node: int) -> bool:
+    """Whether the prompt and at least one output token fit into a node's KV."""
+    return q.prompt_tokens < q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
+
+
+@inner
 def least_loaded_decode_node(q: Question, other_than: int) -> int:
     """The decode node with the fewest sequences, running or on their way; -1 if there is none but `other_than`."""
     best, fewest = -1, np.inf

@@ -78,7 +78,8 @@ def open_account(w: World, ledger: Ledger, slot: int) -> None:
 @inner
 def settle(w: World, ledger: Ledger, now_s: float) -> None:
     """Adds the cost of everything that has been settled by now."""
-    while ledger.counts[OPEN] > 0 and ledger.heap[0, 0] <= now_s:
+    # Not `deadline <= now_s`: rounded otherwise, a first token could come in time after its lack has been charged.
+    while ledger.counts[OPEN] > 0 and not _in_time(w, ledger, int(ledger.heap[0, 1]), now_s):
         request, slot = int(ledger.heap[0, 1]), int(ledger.heap[0, 2])
         _pop(ledger)
         _pay_at_deadline(w, ledger, request, slot)
@@ -109,7 +110,7 @@ def _ratio(w: World, ledger: Ledger, request: int, first_token_s: float) -> floa
 
 @inner
 def _in_time(w: World, ledger: Ledger, request: int, first_token_s: float) -> bool:
-    """Whether the first token comes within the SLO, by the same arithmetic as `Outcomes.ttft_attained`."""
+    """Whether a first token then is within the SLO, by the same arithmetic as `Outcomes.ttft_attained`."""
     return first_token_s - w.requests[request, at.IN_ARRIVAL] <= ledger.slos[request, SLO_TTFT]
 
 

@@ -2,8 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from itertools import product
 from typing import Annotated, Any, TypeVar
@@ -11,22 +10,24 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField, parse_cluster
+from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField
 from deflector.envs.errors import InputError
 from deflector.envs.generators import shape_names
 from deflector.envs.lanes import Episode
 from deflector.envs.saturation import prefill_bound_rps, saturation_rps
+from deflector.envs.sites import site
 from deflector.envs.slo import SloSpec, attach_slo
 from deflector.envs.sources import ShapeSource, Source, TraceSource
-from deflector.envs.step_time import DEFAULT_PROFILE
-from deflector.envs.workload import Workload
+from deflector.envs.step_time import DEFAULT_PROFILE, StepTimeProfile
+from deflector.envs.workload import FloatArray, Workload
 
 _Value = TypeVar("_Value")
 
 SEEDS_KEPT, MOST_SEEDS = 10_000, 2**31
 """Episodes draw their own seeds from [SEEDS_KEPT, MOST_SEEDS): smaller ones stay for validation and tests."""
-SPARE_ARRIVALS, SPARE_S = 3.0, 30.0
-"""Bursts: so many times the mean number of arrivals, and so many seconds, are generated beyond a limit on decisions."""
+MOST_DRAWS = 20
+"""So many times an episode is drawn anew because no request arrives in it, as happens in short bursty ones."""
+LONGEST_REPORT_INTERVAL_S = 60.0
 
 
 def _listed(value: object) -> object:
@@ -46,13 +47,13 @@ class ScenarioSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
     cluster: Annotated[tuple[str | ClusterSpec, ...], BeforeValidator(_listed), Field(min_length=1)] = ("2P2D",)
-    """Short forms such as 2P2D, paths of .yaml files, or `ClusterSpec`s."""
+    """Short forms such as 2P2D, paths of .yaml files, or `ClusterSpec`s, whose profiles and links are their own."""
     profile: Names = (DEFAULT_PROFILE,)
     """Step-time profiles of nodes that name none."""
     profile_scale: Span = (1.0,)
-    """Factor on all step times."""
+    """Factor on all step times of all nodes; two significant digits of it count."""
     chunk_slope: Span | None = None
-    """Growth of a step's time above the profile's knee; the profile's own by default."""
+    """Growth of a step's time above the profile's knee, two significant digits; each profile's own by default."""
     link: Names | None = None
     """Link presets or GB/s; the cluster's own by default."""
     report_interval_s: Span | None = None
@@ -111,12 +112,13 @@ class Scenarios:
         self._slos = tuple(SloSpec.parse(text) for text in settings.slo_ttft)
         _check_spans(settings)
         self.prefill_nodes, self.decode_nodes = 0, 0
-        for cluster, profile in product(settings.cluster, settings.profile):
-            facts = _site(cluster, profile, settings.link[0] if settings.link else None, None)[1]
+        for cluster, profile, link in product(settings.cluster, settings.profile, settings.link or (None,)):
+            facts = site(cluster, profile, link)[1]
             self.prefill_nodes = max(self.prefill_nodes, int(facts.can_prefill.sum()))
             self.decode_nodes = max(self.decode_nodes, int(facts.can_decode.sum()))
             for source in self._sources:
                 source.check_fit(facts.longest_prompt_and_output_tokens)
+        self._rates_rps: dict[Hashable, float] = {}
 
     def prepare(self, watch: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Finds the saturation rates that the loads are shares of: about a second each, once.
@@ -135,63 +137,82 @@ class Scenarios:
         watch(len(cells), len(cells))
 
     def draw(self, rng: np.random.Generator, seed: int | None = None) -> Episode:
-        """One episode.
+        """One episode; drawn anew if no request arrives in it.
 
         Args:
             rng: Chooses the scenario.
             seed: Of its requests, step noise and report loss; drawn from `rng` if None. The same seed gives the same
-                requests as `deflector evaluate`.
+                requests as `deflector evaluate`, unless it gives none.
 
         Raises:
-            InputError: If no request arrives in it.
+            InputError: If no request arrives in any of `MOST_DRAWS` episodes.
         """
+        for _ in range(MOST_DRAWS):
+            episode, empty = self._draw(rng, seed)
+            if not empty:
+                return episode
+            seed = None
+        raise InputError(
+            f"environment: in {MOST_DRAWS} episodes no request arrives after the {episode.burn_in_decisions} of the "
+            f"burn-in: raise duration_s ({self.settings.duration_s:g}), load or rate_rps"
+        )
+
+    def _draw(self, rng: np.random.Generator, seed: int | None) -> tuple[Episode, bool]:
         s = self.settings
         cluster, profile = _choice(rng, s.cluster), _choice(rng, s.profile)
         link = _choice(rng, s.link) if s.link else None
         source, slo = _choice(rng, self._sources), _choice(rng, self._slos)
-        scale, load, tbt_slo_s = _number(rng, s.profile_scale), _number(rng, s.load), _number(rng, s.slo_tbt_s)
-        slope = _number(rng, s.chunk_slope) if s.chunk_slope else None
+        scale = _two_digits(_number(rng, s.profile_scale))
+        load, tbt_slo_s = _number(rng, s.load), _number(rng, s.slo_tbt_s)
+        slope = _two_digits(_number(rng, s.chunk_slope)) if s.chunk_slope else None
         interval_s = _number(rng, s.report_interval_s) if s.report_interval_s else None
         burn_in = int(rng.integers(s.burn_in_decisions[0], s.burn_in_decisions[-1] + 1))
         drawn_seed = int(rng.integers(SEEDS_KEPT, MOST_SEEDS))
         seed = drawn_seed if seed is None else seed
-        spec, facts = _site(cluster, _turned(profile, scale, slope), link, interval_s)
+        spec, facts = site(cluster, profile, link, scale=scale, slope=slope, report_interval_s=interval_s)
         if s.rate_rps is not None:
             rate_rps = _number(rng, s.rate_rps)
         else:
             rate_rps = load * self._saturation_rps(cluster, profile, link, source)
             if scale != 1.0 or slope is not None:
-                unturned = _site(cluster, profile, link, None)[1]
-                rate_rps *= prefill_bound_rps(facts, source) / prefill_bound_rps(unturned, source)
-        requests = self._requests(source, rate_rps, seed, burn_in)
+                rate_rps *= _bound_rps(cluster, profile, link, scale, slope, source)
+                rate_rps /= _bound_rps(cluster, profile, link, 1.0, None, source)
+        # One more than the limit: the observation of the decision after the last.
+        most = None if s.max_decisions is None else burn_in + s.max_decisions + 1
+        requests = source.workload(rate_rps, seed, most)
         workload = with_slos(requests, facts, slo, tbt_slo_s)
-        return Episode(spec, facts, workload, seed, burn_in, s.max_decisions)
+        return Episode(spec, facts, workload, seed, burn_in, s.max_decisions), len(requests) <= burn_in
 
     def _saturation_rps(self, cluster: str | ClusterSpec, profile: str, link: str | None, source: Source) -> float:
-        s = self.settings
-        interval_s = s.report_interval_s[0] if s.report_interval_s and len(s.report_interval_s) == 1 else None
-        return saturation_rps(_site(cluster, profile, link, interval_s)[0], source)
+        key = cluster, profile, link, source
+        if key not in self._rates_rps:
+            span = self.settings.report_interval_s
+            interval_s = span[0] if span and len(span) == 1 else None
+            self._rates_rps[key] = saturation_rps(site(cluster, profile, link, report_interval_s=interval_s)[0], source)
+        return self._rates_rps[key]
 
-    def _requests(self, source: Source, rate_rps: float, seed: int, burn_in: int) -> Workload:
-        most = self.settings.max_decisions
-        if most is not None and isinstance(source, ShapeSource):
-            needed = burn_in + most + 1
-            source = replace(source, duration_s=min(source.duration_s, SPARE_ARRIVALS * needed / rate_rps + SPARE_S))
-        requests = source.workload(rate_rps, seed)
-        if len(requests) <= burn_in:
-            raise InputError(
-                f"workload '{source.name}' at {rate_rps:.3g} requests/s: {len(requests)} requests arrive and the first "
-                f"{burn_in} are burn-in: raise duration_s, load or rate_rps"
-            )
-        return requests if most is None else requests.first(burn_in + most + 1)
+
+@lru_cache(maxsize=4096)
+def _bound_rps(
+    cluster: str | ClusterSpec, profile: str, link: str | None, scale: float, slope: float | None, source: Source
+) -> float:
+    return prefill_bound_rps(site(cluster, profile, link, scale=scale, slope=slope)[1], source)
 
 
 def with_slos(workload: Workload, facts: ClusterFacts, slo_ttft: SloSpec, slo_tbt_s: float) -> Workload:
     """The same requests with SLOs; isolated prefill times are those of the cluster's first prefill node."""
+    profile, budget_tokens, chunks_s = _first_prefill_node(facts)
+    return attach_slo(
+        workload, slo_ttft, slo_tbt_s, lambda prompts: profile.isolated_prefill_s(prompts, budget_tokens, chunks_s)
+    )
+
+
+@lru_cache(maxsize=256)
+def _first_prefill_node(facts: ClusterFacts) -> tuple[StepTimeProfile, int, FloatArray]:
+    """Its profile, token budget, and seconds of every chunk without context."""
     node = facts.nodes[int(np.argmax(facts.can_prefill))]
-    profile = facts.profiles[int(node[NodeField.PROFILE])]
-    budget_tokens = int(node[NodeField.MAX_BATCHED_TOKENS])
-    return attach_slo(workload, slo_ttft, slo_tbt_s, lambda prompts: profile.isolated_prefill_s(prompts, budget_tokens))
+    profile, budget_tokens = facts.profiles[int(node[NodeField.PROFILE])], int(node[NodeField.MAX_BATCHED_TOKENS])
+    return profile, budget_tokens, profile.lone_chunks_s(budget_tokens)
 
 
 def _choice(rng: np.random.Generator, options: tuple[_Value, ...]) -> _Value:
@@ -200,6 +221,11 @@ def _choice(rng: np.random.Generator, options: tuple[_Value, ...]) -> _Value:
 
 def _number(rng: np.random.Generator, span: tuple[float, ...]) -> float:
     return float(rng.uniform(span[0], span[1])) if len(span) > 1 else float(span[0])
+
+
+def _two_digits(value: float) -> float:
+    """The value rounded to two significant digits, so that there are few different profiles to build."""
+    return float(f"{value:.2g}")
 
 
 def _check_spans(s: ScenarioSettings) -> None:
@@ -211,25 +237,5 @@ def _check_spans(s: ScenarioSettings) -> None:
         if span[0] > span[-1] or span[0] < 0 or (name in positive and span[0] == 0) or not math.isfinite(span[-1]):
             what = "positive" if name in positive else "not negative"
             raise InputError(f"environment: {name} {span}: give a number, or (lowest, highest), {what}")
-
-
-def _turned(profile: str, scale: float, slope: float | None) -> str:
-    """A profile with knobs, rounded so that equal ones are read once."""
-    knobs = [f"scale={scale:.3g}"] if scale != 1.0 else []
-    knobs += [f"slope={slope:.3g}"] if slope is not None else []
-    if not knobs:
-        return profile
-    return f"{profile}{',' if '=' in profile.rpartition(':')[2] else ':'}{','.join(knobs)}"
-
-
-@lru_cache(maxsize=512)
-def _site(
-    cluster: str | ClusterSpec, profile: str, link: str | None, interval_s: float | None
-) -> tuple[ClusterSpec, ClusterFacts]:
-    spec = cluster if isinstance(cluster, ClusterSpec) else parse_cluster(cluster, profile=profile, link=link)
-    if interval_s is not None:
-        spec = spec.model_copy(update={"report_interval_s": interval_s})
-    facts = spec.facts()
-    if not facts.can_prefill.any():
-        raise InputError(f"cluster '{spec.name}': no node can prefill for others: add a prefill or mixed node")
-    return spec, facts
+    if s.report_interval_s and s.report_interval_s[-1] > LONGEST_REPORT_INTERVAL_S:
+        raise InputError(f"environment: report_interval_s {s.report_interval_s}: at most {LONGEST_REPORT_INTERVAL_S:g}")

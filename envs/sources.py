@@ -1,5 +1,6 @@
 """Where a cell's requests come from: a named shape, or a trace stretched in time."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from deflector.envs.trace_files import read_trace
 from deflector.envs.workload import IntArray, Workload
 
 
-class Source(Protocol):
+class Source(Hashable, Protocol):
     """Requests at any rate."""
 
     @property
@@ -28,8 +29,8 @@ class Source(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What a reader of its results has to know, one sentence each."""
 
-    def workload(self, rate_rps: float, seed: int) -> Workload:
-        """Requests without SLOs."""
+    def workload(self, rate_rps: float, seed: int, most: int | None = None) -> Workload:
+        """Requests without SLOs; only the first `most`, if that is given."""
 
     def end_s(self, rate_rps: float) -> float:
         """When arrivals stop at this rate, in seconds."""
@@ -70,9 +71,9 @@ class ShapeSource:
         """None."""
         return ()
 
-    def workload(self, rate_rps: float, seed: int) -> Workload:
-        """Requests without SLOs."""
-        return generate(self.name, rate_rps=rate_rps, duration_s=self.duration_s, seed=seed)
+    def workload(self, rate_rps: float, seed: int, most: int | None = None) -> Workload:
+        """Requests without SLOs; only the first `most`, if that is given."""
+        return generate(self.name, rate_rps=rate_rps, duration_s=self.duration_s, seed=seed, most=most)
 
     def end_s(self, rate_rps: float) -> float:
         """The duration, whatever the rate."""
@@ -133,10 +134,11 @@ class TraceSource:
         """Whether the seed changes the requests: only where a trace's coarse stamps are jittered."""
         return _jittered(self.path)
 
-    def workload(self, rate_rps: float, seed: int) -> Workload:
-        """Requests without SLOs."""
+    def workload(self, rate_rps: float, seed: int, most: int | None = None) -> Workload:
+        """Requests without SLOs; only the first `most`, if that is given."""
         scaled = _trace(self.path, seed if self.depends_on_seed else 0).scaled_to(rate_rps)
-        return scaled if self.duration_s is None else _until(scaled, self.duration_s)
+        within = scaled if self.duration_s is None else _until(scaled, self.duration_s)
+        return within if most is None else within.first(most)
 
     def end_s(self, rate_rps: float) -> float:
         """The last arrival, or the duration if that is earlier."""

@@ -190,18 +190,27 @@ class StepTimeProfile(_Strict):
         total_ms = total_ms + np.where(chunk > 0, prefill_ms, 0.0) + np.where(batch > 0, decode_ms, 0.0)
         return np.asarray(np.where(tokens > 0, total_ms * 1e-3, 0.0))
 
-    def isolated_prefill_s(self, prompt_tokens: npt.ArrayLike, budget_tokens: int) -> Array:
+    def lone_chunks_s(self, budget_tokens: int) -> Array:
+        """(budget_tokens + 1,) seconds of a step that holds one chunk of 0, 1, ... tokens and nothing else."""
+        return self.step_time_s(np.arange(budget_tokens + 1), 0.0, 0, 0.0)
+
+    def isolated_prefill_s(
+        self, prompt_tokens: npt.ArrayLike, budget_tokens: int, lone_chunks_s: Array | None = None
+    ) -> Array:
         """Seconds to prefill each prompt alone, in chunks of `budget_tokens`, the last one shortened.
 
         Args:
-            prompt_tokens: Prompt lengths, of any shape.
+            prompt_tokens: Prompt lengths in whole tokens, of any shape.
             budget_tokens: Largest chunk.
+            lone_chunks_s: `lone_chunks_s(budget_tokens)`, for callers that keep it.
         """
-        prompt = np.asarray(prompt_tokens, dtype=float)
+        prompt = np.asarray(prompt_tokens, dtype=np.int64)
         full_chunks, rest = np.divmod(prompt, budget_tokens)
-        chunks_s = full_chunks * self.step_time_s(budget_tokens, 0.0, 0, 0.0) + self.step_time_s(rest, 0.0, 0, 0.0)
+        if lone_chunks_s is None:
+            lone_chunks_s = self.lone_chunks_s(budget_tokens)
+        chunks_s = full_chunks * lone_chunks_s[budget_tokens] + lone_chunks_s[rest]
         # The q of the chunks of one prompt add up to prompt^2 / 2, however it is cut.
-        return np.asarray(chunks_s + self.prefill.per_q_ms * 1e-3 * prompt**2 / 2)
+        return np.asarray(chunks_s + self.prefill.per_q_ms * 1e-3 * prompt.astype(float) ** 2 / 2)
 
     def table(self, max_tokens: int) -> Array:
         """The whole profile as one float64 row in seconds, for compiled code: see the TABLE_ constants.

@@ -104,8 +104,11 @@ class Stepper:
         self._grow()
 
     def begin(self, episodes: Iterable[tuple[int, Episode]]) -> None:
-        """Puts new episodes into lanes and plays them to their first decisions; the other lanes stay where they are."""
-        for lane, episode in episodes:
+        """Puts new episodes into lanes and plays them to their first decisions; the other lanes stay where they are.
+
+        If one of the episodes cannot be drawn, all lanes stay where they are.
+        """
+        for lane, episode in list(episodes):
             self.lanes.begin(lane, episode)
         self._play_ready()
         self._grow()

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from deflector.envs.actions import DEFAULT_ACTION, answer_action
+from deflector.envs.actions import DEFAULT_ACTION, answer_action, answer_default
 from deflector.envs.compiled import entry, inner
 from deflector.envs.lanes import (
-    BURN_IN,
     COST_BEFORE_CUT,
     DECIDED_AT,
     DECISIONS_LEFT,
@@ -24,7 +23,16 @@ from deflector.envs.lanes import (
 )
 from deflector.envs.observation import encode
 from deflector.envs.question import Question
-from deflector.envs.rewards import SLO_MAX_OUTPUT, SLO_TBT, SLO_TTFT, open_account, settle, settle_all
+from deflector.envs.rewards import (
+    BEHIND,
+    FIRST,
+    SLO_MAX_OUTPUT,
+    SLO_TBT,
+    SLO_TTFT,
+    open_account,
+    settle,
+    settle_all,
+)
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.events import advance
 from deflector.envs.simulator.layout import FloatArray, IntArray, World
@@ -72,7 +80,8 @@ def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> None:
     """Plays lanes [start, stop) on: those at a decision with their action, those that are READY without one.
 
     Afterwards each of them is at its next decision, over, or in need of larger arrays. An action that is masked out is
-    replaced by the default route. At the end of an episode that was cut, `seen` holds the decision after its last.
+    replaced by the default route. At the end of an episode that was cut, `seen` holds the decision after its last; at
+    the end of one that was played out, zeros.
     """
     for lane in range(start, stop):
         stage = b.lane_i[lane, STAGE]
@@ -85,50 +94,81 @@ def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> None:
             b.lane_i[lane, INVALID] = invalid
             b.lane_f[lane, DECIDED_AT] = x.world.f[at.G_NOW]
             answer_action(question_at(b, x, b.no_parameters), DEFAULT_ACTION if invalid else action)
-            apply_decision(x.world, b.answer)
-        b.lane_i[lane, STAGE] = play_on(b, lane, x)
+        b.lane_i[lane, STAGE] = play_on(b, lane, x, stage == _DECISION)
 
 
 @inner
-def play_on(b: Batch, lane: int, x: Lane) -> int:
-    """Plays a lane on to its next decision, whose observation and mask it writes; returns its next stage."""
+def play_on(b: Batch, lane: int, x: Lane, answered: bool) -> int:
+    """Plays a lane on to its next decision, whose observation and mask it writes; returns its next stage.
+
+    Args:
+        b: The batch.
+        lane: Number of the lane.
+        x: Its arrays.
+        answered: Whether `b.answer` is to be carried out first.
+    """
     w = x.world
     while True:
+        if answered:
+            apply_decision(w, b.answer)
         code = advance(w)
         if code == at.GROW_SLOTS:
             return _GROW_SLOTS
         if code == at.GROW_LOG:
             return _GROW_LOG
         if code == at.DONE:
-            settle_all(w, x.ledger)
-            if b.lane_i[lane, IS_CUT]:
-                return _CUT
-            b.lane_f[lane, ELAPSED] = w.f[at.G_NOW] - b.lane_f[lane, DECIDED_AT]
-            return _OVER
-        if b.lane_i[lane, IS_CUT]:  # A node has died after the cut, and a request asks again.
-            _reject(b, w)
-            continue
+            return _end(b, lane, x)
+        answered = True
         observe(w, x.rows)
-        q = question_at(b, x, b.no_parameters)
-        encode(q, _max_output_tokens(x), b.estimates, b.scratch, b.seen[lane], b.next_masks[lane])
-        b.lane_f[lane, PREFILL_PATH_S] = b.answer[at.D_TTFT_PREFILL]
-        b.lane_f[lane, DECODE_PATH_S] = b.answer[at.D_TTFT_DECODE]
-        if b.lane_i[lane, BURN_IN] > 0:
-            b.lane_i[lane, BURN_IN] -= 1
-            b.lane_f[lane, DECIDED_AT] = w.f[at.G_NOW]
-            answer_action(q, DEFAULT_ACTION)
-            apply_decision(w, b.answer)
-            continue
-        settle(w, x.ledger, w.f[at.G_NOW])
-        b.lane_f[lane, ELAPSED] = w.f[at.G_NOW] - b.lane_f[lane, DECIDED_AT]
-        if b.lane_i[lane, DECISIONS_LEFT] != 0:
-            b.lane_i[lane, DECISIONS_LEFT] -= 1
-            open_account(w, x.ledger, w.i[at.H_CURRENT])
-            return _DECISION
-        b.lane_i[lane, IS_CUT] = 1
-        b.lane_f[lane, COST_BEFORE_CUT] = x.ledger.costs[0] + x.ledger.costs[1] + x.ledger.costs[2]
-        w.i[at.H_NEXT_ARRIVAL] = len(w.requests)
-        _reject(b, w)
+        q, request = question_at(b, x, b.no_parameters), _request(w)
+        if not b.lane_i[lane, IS_CUT]:
+            most = int(x.ledger.slos[request, SLO_MAX_OUTPUT])
+            encode(q, most, b.estimates, b.scratch, b.seen[lane], b.next_masks[lane])
+            if request >= x.ledger.counts[FIRST]:
+                _look(b, lane, x)
+                if b.lane_i[lane, DECISIONS_LEFT] != 0:
+                    b.lane_i[lane, DECISIONS_LEFT] -= 1
+                    open_account(w, x.ledger, w.i[at.H_CURRENT])
+                    return _DECISION
+                b.lane_i[lane, IS_CUT] = 1
+                b.lane_f[lane, COST_BEFORE_CUT] = x.ledger.costs[0] + x.ledger.costs[1] + x.ledger.costs[2]
+                w.i[at.H_NEXT_ARRIVAL] = len(w.requests)
+        b.lane_f[lane, DECIDED_AT] = w.f[at.G_NOW]
+        if request < x.ledger.counts[BEHIND]:  # Of the burn-in, or asking again since its node has died after the cut.
+            answer_default(q)
+        else:
+            b.answer[at.D_PATH], b.answer[at.D_NUM_RUNS] = _REJECT, 0.0
+
+
+@inner
+def _look(b: Batch, lane: int, x: Lane) -> None:
+    """Notes what is new at a decision of the agent."""
+    now_s = x.world.f[at.G_NOW]
+    settle(x.world, x.ledger, now_s)
+    b.lane_f[lane, ELAPSED] = now_s - b.lane_f[lane, DECIDED_AT]
+    b.lane_f[lane, PREFILL_PATH_S] = b.answer[at.D_TTFT_PREFILL]
+    b.lane_f[lane, DECODE_PATH_S] = b.answer[at.D_TTFT_DECODE]
+
+
+@inner
+def _end(b: Batch, lane: int, x: Lane) -> int:
+    """Settles what is left; returns the lane's last stage."""
+    settle_all(x.world, x.ledger)
+    if b.lane_i[lane, IS_CUT]:
+        return _CUT
+    b.lane_f[lane, ELAPSED] = x.world.f[at.G_NOW] - b.lane_f[lane, DECIDED_AT]
+    b.lane_f[lane, PREFILL_PATH_S] = b.lane_f[lane, DECODE_PATH_S] = np.nan
+    for k in range(b.seen.shape[1]):
+        b.seen[lane, k] = 0.0
+    for k in range(b.next_masks.shape[1]):
+        b.next_masks[lane, k] = k == DEFAULT_ACTION
+    return _OVER
+
+
+@inner
+def _request(w: World) -> int:
+    """The number of the request that waits to be routed."""
+    return w.i[slot_base(w.i, w.i[at.H_CURRENT]) + at.REQUEST]
 
 
 @inner
@@ -141,16 +181,3 @@ def question_at(b: Batch, x: Lane, parameters: FloatArray) -> Question:
         w.f[at.G_NOW], w.i[slot + at.PROMPT], x.ledger.slos[request, SLO_TTFT], x.ledger.slos[request, SLO_TBT],
         x.rows, w.nodes, w.tables, parameters, x.memory, b.answer,
     )  # fmt: skip
-
-
-@inner
-def _max_output_tokens(x: Lane) -> int:
-    w = x.world
-    return int(x.ledger.slos[w.i[slot_base(w.i, w.i[at.H_CURRENT]) + at.REQUEST], SLO_MAX_OUTPUT])
-
-
-@inner
-def _reject(b: Batch, w: World) -> None:
-    b.answer[at.D_PATH] = _REJECT
-    b.answer[at.D_NUM_RUNS] = 0.0
-    apply_decision(w, b.answer)

@@ -13,6 +13,7 @@ from deflector.envs.deflection import make_schema, observation_space
 from deflector.envs.errors import InputError
 from deflector.envs.lanes import DECODE_PATH_S, PREFILL_PATH_S, Episode, Lanes, Stage
 from deflector.envs.observation import Mask, Observation
+from deflector.envs.outcome import Outcomes
 from deflector.envs.rewards import Cost
 from deflector.envs.scenarios import Scenarios, read_settings
 from deflector.envs.simulator.layout import FloatArray, IntArray
@@ -27,6 +28,11 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
     that ended, `info["final_info"]` its `slo_attainment`, its number of `requests`, and `reward_after_cut`: what of the
     last reward was settled after the time limit. A learner that bootstraps truncated episodes takes that off: the value
     of `final_obs` stands for it.
+
+    `info` holds arrays of one entry per lane, as Gymnasium has it. `elapsed_s`, `invalid_action` and `reward_parts`
+    (`ttft`, `tbt`, `waiting`) are about the step, in an episode's last step too; `action_mask` and `predicted_ttft_s`
+    are about the request at hand, which is then a new episode's. Every miss is told once, in `reward_parts`; what
+    became of single requests is in `outcomes(lane)`, until the lane's episode ends.
 
     With `copy=False` observations and masks are views that stay as they are until the step after the next one.
     """
@@ -78,6 +84,8 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
         self._copy = copy
         self._stepper = Stepper(num_envs, self.schema, threads=threads)
         self._everywhere = np.ones(num_envs, np.bool_)
+        self._everywhere.flags.writeable = False
+        self._ready = False
         self._generators = [np.random.default_rng() for _ in range(num_envs)]
 
     def reset(
@@ -86,22 +94,26 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
         """Begins an episode in every lane.
 
         Args:
-            seed: Lane k gets `seed + k`; or a list of one for each; None goes on with the generators as they are.
+            seed: Lane k gets `seed + k`; or a list of one for each; None goes on with the generators as they are, which
+                are random until they get a seed.
             options: `reset_mask`, (num_envs,) bool, restricts it to some lanes.
 
         Raises:
-            InputError: If no request arrives in an episode.
+            InputError: If no request arrives in an episode, or the seeds or the mask are not one for each lane.
         """
         seeds = seed if isinstance(seed, list) else [None if seed is None else seed + k for k in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise InputError(f"{len(seeds)} seeds for {self.num_envs} lanes: give one for each, or a single number")
-        chosen = (options or {}).get("reset_mask", self._everywhere)
+        chosen = np.asarray((options or {}).get("reset_mask", self._everywhere))
+        if chosen.shape != (self.num_envs,) or chosen.dtype != np.bool_:
+            raise InputError(f"reset_mask: {chosen.dtype}{chosen.shape}: give {self.num_envs} booleans")
         lanes = np.flatnonzero(chosen).tolist()
         for lane in lanes:
             if seeds[lane] is not None:
                 self._generators[lane], _ = gymnasium.utils.seeding.np_random(seeds[lane])
         self._begin(lanes, seeds)
-        return self._observation(), self._info(self._stepper.lanes.costs, self._stepper.lanes.f)
+        self._ready = bool((self._stepper.stages == Stage.DECISION).all())
+        return self._observation(), self._info()
 
     def step(
         self, actions: IntArray
@@ -115,15 +127,16 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
             Observations, rewards (num_envs,) float64, terminated and truncated (num_envs,) bool, info of arrays.
 
         Raises:
-            RuntimeError: If `reset` has not been called.
+            InputError: If the actions are not one integer for each lane.
+            RuntimeError: If `reset` has not been called for every lane.
         """
         stepper = self._stepper
-        if stepper.stages[0] != Stage.DECISION:
-            raise RuntimeError("no requests wait to be routed: call reset() first")
-        stepper.step(np.ascontiguousarray(actions, dtype=np.int64))
+        if not self._ready:
+            raise RuntimeError("not every lane has a request that waits to be routed: call reset() first")
+        stepper.step(self._checked(actions))
         terminated, truncated = stepper.stages == Stage.OVER, stepper.stages == Stage.CUT
-        rewards = -stepper.lanes.costs.sum(axis=1)
-        info = self._info(stepper.lanes.costs, stepper.lanes.f)
+        rewards = 0.0 - stepper.lanes.costs.sum(axis=1)
+        info = self._info()
         ended = np.flatnonzero(terminated | truncated).tolist()
         for lane in ended:
             first, behind = stepper.lanes.counted(lane)
@@ -132,9 +145,17 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
             final["reward_after_cut"] = stepper.reward_after_cut(lane)
             info = self._add_info(info, {"final_obs": stepper.seen[lane].copy(), "final_info": final}, lane)
         if ended:
+            self._ready = False
             self._begin(ended, [None] * self.num_envs)
-            info["action_mask"] = self.action_masks()
+            self._ready = True
+            info |= self._at_hand()
         return self._observation(), rewards, terminated, truncated, info
+
+    def _checked(self, actions: IntArray) -> IntArray:
+        given = np.asarray(actions)
+        if given.shape != (self.num_envs,) or given.dtype.kind not in "iu":
+            raise InputError(f"actions: {given.dtype}{given.shape}: give one integer for each of {self.num_envs} lanes")
+        return np.ascontiguousarray(given, np.int64)
 
     def action_masks(self) -> Mask:
         """(num_envs, num_actions) bool: which actions are possible for the requests at hand."""
@@ -156,6 +177,14 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
             raise RuntimeError("no episode: call reset() first")
         return episode
 
+    def outcomes(self, lane: int) -> Outcomes:
+        """What is known by now of every request of a lane's present episode.
+
+        Raises:
+            RuntimeError: If `reset` has not been called.
+        """
+        return self._stepper.lanes.outcomes(lane)
+
     def close_extras(self, **kwargs: Any) -> None:
         """Lets the threads go."""
         self._stepper.close()
@@ -167,17 +196,21 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
     def _observation(self) -> Observation:
         return self._stepper.seen.copy() if self._copy else self._stepper.seen
 
-    def _info(self, costs: FloatArray, times_s: FloatArray) -> dict[str, Any]:
+    def _info(self) -> dict[str, Any]:
         """Arrays of one entry per lane; `_name` says where `name` holds, as Gymnasium has it: everywhere."""
-        paths_s = {"prefill_path": times_s[:, PREFILL_PATH_S].copy(), "decode_path": times_s[:, DECODE_PATH_S].copy()}
-        parts = {part.name.lower(): -costs[:, part] for part in Cost}
+        costs = 0.0 - self._stepper.lanes.costs
         info: dict[str, Any] = {
             "elapsed_s": self._stepper.elapsed_s.copy(),
             "invalid_action": self._stepper.invalid,
-            "action_mask": self.action_masks(),
-            "reward_parts": parts,
-            "predicted_ttft_s": paths_s,
+            "reward_parts": self._holding({part.name.lower(): costs[:, part] for part in Cost}),
         }
-        for name in tuple(info):
-            info[f"_{name}"] = self._everywhere
-        return info
+        return self._holding(info) | self._at_hand()
+
+    def _at_hand(self) -> dict[str, Any]:
+        """The same, of the requests at hand."""
+        times_s = self._stepper.lanes.f[:, [PREFILL_PATH_S, DECODE_PATH_S]]
+        paths_s = self._holding({"prefill_path": times_s[:, 0], "decode_path": times_s[:, 1]})
+        return self._holding({"action_mask": self.action_masks(), "predicted_ttft_s": paths_s})
+
+    def _holding(self, info: dict[str, Any]) -> dict[str, Any]:
+        return info | {f"_{name}": self._everywhere for name in info}

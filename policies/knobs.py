@@ -10,7 +10,6 @@ from deflector.envs.compiled import entry
 from deflector.envs.lanes import STAGE, Stage, lane_at
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray, IntArray
-from deflector.envs.simulator.routing import apply_decision
 from deflector.envs.state import Path
 from deflector.envs.stepping import Batch, play_on, question_at
 from deflector.policies.kairos import kairos
@@ -93,8 +92,7 @@ def play_interval(b: Batch, control: Control, start: int, stop: int) -> None:
                 kairos(question_at(b, x, control.knobs[lane]))
                 control.counts[lane, DECIDED] += 1
                 control.counts[lane, DEFLECTED] += b.answer[at.D_PATH] == _DEFLECT
-                apply_decision(x.world, b.answer)
             elif stage != _READY:
                 break
-            stage = play_on(b, lane, x)
+            stage = play_on(b, lane, x, stage == _DECISION)
         b.lane_i[lane, STAGE] = stage

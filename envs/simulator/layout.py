@@ -158,7 +158,7 @@ def new_world(
     dirty = HEADER_I + num_nodes * stride
     tree = HEADER_F + num_nodes * NODE_F
 
-    class_tbt_s, tbt_class = np.unique(workload.tbt_slo_s, return_inverse=True)
+    class_tbt_s, tbt_class = _tbt_classes(workload.tbt_slo_s)
     if len(class_tbt_s) > MAX_TBT_CLASSES:
         raise ValueError(f"{len(class_tbt_s)} different TBT SLOs in one workload; at most {MAX_TBT_CLASSES}")
     in_order = sorted(spec.faults, key=lambda x: x.at_s)
@@ -178,31 +178,36 @@ def new_world(
     i[H_FREE_SLOT] = i[H_UNDECIDED] = i[H_CURRENT] = -1
     i[H_RETRY], i[H_SEED] = spec.on_death == "retry", seed & 0x7FFFFFFFFFFFFFFF
     i[H_COUNT_FROM] = int(np.searchsorted(workload.arrival_s, count_from_s))
-    for base in range(HEADER_I, dirty, stride):
-        i[base + RUN_HEAD : base + PREFILL_TAIL + 1] = -1
-        i[base + SEGMENT], i[base + ALIVE] = -1, 1
-    for n, size in enumerate(facts.nodes[:, NodeField.BLOCK_SIZE]):  # a power of two: shifts are faster than divisions
-        i[HEADER_I + n * stride + BLOCK_SHIFT] = int(size).bit_length() - 1
-    i[[HEADER_I + n * stride + FREE_BLOCKS for n in range(num_nodes)]] = facts.nodes[:, NodeField.KV_BLOCKS]
+    nodes = i[HEADER_I:dirty].reshape(num_nodes, stride)
+    nodes[:, RUN_HEAD : PREFILL_TAIL + 1] = nodes[:, SEGMENT] = -1
+    nodes[:, ALIVE], nodes[:, FREE_BLOCKS] = 1, facts.nodes[:, NodeField.KV_BLOCKS]
+    nodes[:, BLOCK_SHIFT] = np.log2(facts.nodes[:, NodeField.BLOCK_SIZE])  # shifts are faster than divisions
 
     f = np.zeros(slots_f)
     f[G_REPORT_INTERVAL], f[G_REPORT_LOSS], f[G_NEXT_TRANSFER] = spec.report_interval_s, spec.report_loss, np.inf
     f[tree : tree + 2 * leaves] = np.inf
     f[tbt_classes : i[H_FAULTS]], f[i[H_FAULTS] : aborts] = class_tbt_s, faults.ravel()
     f[aborts::2], f[aborts + 1 :: 2] = workload.abort_s[aborted], aborted
-    for n in range(num_nodes):
-        base = HEADER_F + n * NODE_F
-        f[base + SLOWNESS], f[base + SEEN_TBT] = facts.nodes[n, NodeField.SLOWNESS], np.inf
-        f[base + REPORT_DUE] = (n / num_nodes) * spec.report_interval_s
+    nodes_f = f[HEADER_F:tree].reshape(num_nodes, NODE_F)
+    nodes_f[:, SLOWNESS], nodes_f[:, SEEN_TBT] = facts.nodes[:, NodeField.SLOWNESS], np.inf
+    nodes_f[:, REPORT_DUE] = np.arange(num_nodes) / num_nodes * spec.report_interval_s
 
     requests = np.full((len(workload), REQUEST_WIDTH), np.nan)
-    requests[:, [Column.STATUS, Column.TOKENS, Column.PREEMPTIONS, CHARGED]] = 0
+    for column in (Column.STATUS, Column.TOKENS, Column.PREEMPTIONS, CHARGED):
+        requests[:, column] = 0
     requests[:, IN_ARRIVAL], requests[:, IN_PROMPT] = workload.arrival_s, workload.prompt_tokens
     requests[:, IN_OUTPUT], requests[:, IN_TBT_CLASS] = workload.output_tokens, tbt_class
     requests[:, IN_ABORT] = workload.abort_s if len(workload.abort_s) else np.inf
     cache, prefixes = _new_cache(facts, workload, i)
     log = np.zeros((log_entries, LOG_WIDTH))
     return _with_slots(World(f, i, log, requests, facts.nodes, facts.tables, cache, prefixes), slots)
+
+
+def _tbt_classes(tbt_slo_s: FloatArray) -> tuple[FloatArray, IntArray | int]:
+    """The different TBT SLOs, increasing, and the place among them of each request's."""
+    if len(tbt_slo_s) and (tbt_slo_s == tbt_slo_s[0]).all():
+        return tbt_slo_s[:1], 0
+    return np.unique(tbt_slo_s, return_inverse=True)
 
 
 def _check_columns(workload: Workload) -> None:
@@ -254,10 +259,12 @@ def grown(world: World, code: int) -> World:
 
 def _with_slots(world: World, more: int) -> World:
     old = int(world.i[H_SLOTS])
-    i = np.concatenate([world.i, np.zeros(more * SLOT_I, np.int64)])
-    f = np.concatenate([world.f, np.zeros(more * SLOT_F)])
-    links = np.append(np.arange(old + 1, old + more), i[H_FREE_SLOT])
-    i[int(i[H_SLOT0_I]) + np.arange(old, old + more) * SLOT_I + NEXT] = links
+    i = np.zeros(len(world.i) + more * SLOT_I, np.int64)
+    f = np.zeros(len(world.f) + more * SLOT_F)
+    i[: len(world.i)], f[: len(world.f)] = world.i, world.f
+    links = i[len(world.i) + NEXT :: SLOT_I]
+    links[:] = np.arange(old + 1, old + more + 1)
+    links[-1] = i[H_FREE_SLOT]
     i[H_FREE_SLOT], i[H_SLOTS] = old, old + more
     tables = np.zeros(2 * more * int(i[H_BLOCK_TABLE_WIDTH]), np.int64)
     return world._replace(f=f, i=i, cache=np.concatenate([world.cache, tables]))
