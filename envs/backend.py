@@ -77,12 +77,12 @@ class SimulatedBackend:
         """
         if self.world.i[at.H_CURRENT] < 0:
             raise RuntimeError("no request waits to be routed: call next_arrival() first")
-        _apply(self.world, encode_decision(decision))
+        apply_to_world(self.world, encode_decision(decision))
 
     def drain(self) -> Outcomes:
         """Plays to the end; requests that still arrive are rejected, as after a router's shutdown."""
         while self.next_arrival() is not None:
-            _apply(self.world, np.zeros(at.DECISION_LENGTH))
+            apply_to_world(self.world, np.zeros(at.DECISION_LENGTH))
         return self.outcomes
 
     @property
@@ -107,5 +107,6 @@ def observe_world(w: at.World, rows: at.FloatArray) -> None:
 
 
 @entry
-def _apply(w: at.World, decision: at.FloatArray) -> None:
+def apply_to_world(w: at.World, decision: at.FloatArray) -> None:
+    """Routes the request that a run waits for, by a decision as a flat array."""
     apply_decision(w, decision)

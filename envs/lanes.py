@@ -121,11 +121,15 @@ class Lanes:
 
     def grow(self, lane: int) -> None:
         """Gives a lane the room that it asked for; its stage is then READY."""
-        code = at.GROW_SLOTS if self.i[lane, STAGE] == Stage.GROW_SLOTS else at.GROW_LOG
+        self.make_room(lane, at.GROW_SLOTS if self.i[lane, STAGE] == Stage.GROW_SLOTS else at.GROW_LOG)
+        self.i[lane, STAGE] = Stage.READY
+
+    def make_room(self, lane: int, code: int) -> World:
+        """Gives a lane larger arrays, at any stage; `code` is what `grown` takes. Returns them."""
         world = grown(self.world(lane), code)
         self.worlds[lane] = world
         self._point_at(lane, world)
-        self.i[lane, STAGE] = Stage.READY
+        return world
 
     def world(self, lane: int) -> World:
         """The arrays of a lane's run.

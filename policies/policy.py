@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from deflector.envs.compiled import entry
+from deflector.envs.errors import InputError
 from deflector.envs.question import MEMORY, Question
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray
@@ -54,9 +55,12 @@ def make_policy(text: str) -> Policy:
     """A policy from its name, such as `kairos:alpha=1.0` or `learned:PATH`.
 
     Raises:
-        InputError: If there is none of that name, a parameter is off, or the path leads to no sound policy.
+        InputError: If there is none of that name, a parameter is off, the path leads to no sound policy, or it knows
+            the future, which no router does.
     """
     spec = parse_policy(text)
+    if spec.info.kind == "oracle":
+        raise InputError(f"policy '{text}' knows the future, and a router does not: it runs in simulations only")
     return LearnedPolicy(spec.path) if spec.info.kind == "learned" else AnalyticalPolicy(spec)
 
 

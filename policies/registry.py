@@ -20,11 +20,13 @@ class PolicyInfo:
     """One entry of the registry.
 
     Attributes:
-        number: What compiled code knows it by (`decide.decide`).
+        number: What compiled code knows it by (`decide.decide`); below 0 for a kind that is not analytical.
         parameters: Name -> (default, smallest, largest), in the order in which the core reads them.
         summary: One line.
         looks: Whether it reads more of the cluster's state than which nodes are up.
-        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network.
+        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network, `oracle` with the true
+            future, in simulations only.
+        base: The analytical policy that it builds on by default, a parameter of that name; empty if it takes none.
     """
 
     number: int
@@ -32,6 +34,7 @@ class PolicyInfo:
     summary: str
     looks: bool = True
     kind: str = "analytical"
+    base: str = ""
 
 
 NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD, CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE = range(9)
@@ -69,6 +72,13 @@ POLICIES: dict[str, PolicyInfo] = {
         "least predicted SLO misses, the arriving request's and everybody else's",
     ),
     "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
+    "oracle_lookahead": PolicyInfo(
+        -1,
+        {"horizon": (100, 0, math.inf)},
+        "knows the future: tries every action and plays on, the base deciding; simulations only",
+        kind="oracle",
+        base="slo_price",
+    ),
 }
 
 
@@ -80,11 +90,13 @@ class PolicySpec:
         name: Key of `POLICIES`.
         parameters: All of them, defaults filled in.
         path: Folder of a learned policy; empty for all others.
+        base: The analytical policy that it builds on; empty if it takes none.
     """
 
     name: str
     parameters: dict[str, float]
     path: str = ""
+    base: str = ""
 
     @property
     def info(self) -> PolicyInfo:
@@ -109,13 +121,16 @@ def parse_policy(text: str) -> PolicySpec:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"unknown policy '{name}': {hint}known are {', '.join(POLICIES)}")
     if POLICIES[name].kind == "learned":
-        return PolicySpec(name, {}, _checked_path(text, tail.strip()))
-    allowed = POLICIES[name].parameters
+        return PolicySpec(name, {}, path=_checked_path(text, tail.strip()))
+    allowed, base = POLICIES[name].parameters, POLICIES[name].base
     values = {key: default for key, (default, _, _) in allowed.items()}
     for item in filter(None, (part.strip() for part in tail.split(","))):
         key, _, value = item.partition("=")
+        if key == "base" and base:
+            base = parse_analytical(value).name
+            continue
         if key not in allowed:
-            takes = ", ".join(allowed) or "none"
+            takes = ", ".join([*allowed, *(["base"] if base else [])]) or "none"
             raise InputError(f"policy '{text}': no parameter '{key}'; {name} takes {takes}")
         low, high = allowed[key][1:]
         try:
@@ -125,7 +140,20 @@ def parse_policy(text: str) -> PolicySpec:
         if not low <= number <= high:
             raise InputError(f"policy '{text}': {key} is a number from {low:g} to {high:g}, not '{value}'")
         values[key] = number
-    return PolicySpec(name, values)
+    return PolicySpec(name, values, base=base)
+
+
+def parse_analytical(text: str) -> PolicySpec:
+    """Reads `name` or `name:key=value,key=value` of one of the analytical rules.
+
+    Raises:
+        InputError: If it is none, or malformed.
+    """
+    spec = parse_policy(text)
+    if spec.info.kind != "analytical":
+        known = ", ".join(policy_names("analytical"))
+        raise InputError(f"policy '{text}' is no analytical rule; those are {known}")
+    return spec
 
 
 def _checked_path(text: str, path: str) -> str:
@@ -162,9 +190,9 @@ def split_policies(text: str) -> list[str]:
     return specs
 
 
-def policy_names() -> tuple[str, ...]:
-    """The names of the analytical policies, in the registry's order."""
-    return tuple(name for name, info in POLICIES.items() if info.kind == "analytical")
+def policy_names(kind: str | None = None) -> tuple[str, ...]:
+    """All names, or those of one kind, in the registry's order."""
+    return tuple(name for name, info in POLICIES.items() if kind in (None, info.kind))
 
 
 def policy_labels(policies: Iterable[str]) -> dict[str, str]:
@@ -185,6 +213,7 @@ def describe_policies() -> list[tuple[str, str, str]]:
     """(name, parameters with their defaults, one-line summary) of each policy."""
     described = []
     for name, info in POLICIES.items():
-        takes = ", ".join(f"{key}={default:g}" for key, (default, _, _) in info.parameters.items())
-        described.append((name, "PATH" if info.kind == "learned" else takes, info.summary))
+        parameters = [f"{key}={default:g}" for key, (default, _, _) in info.parameters.items()]
+        parameters += [f"base={info.base}"] if info.base else []
+        described.append((name, "PATH" if info.kind == "learned" else ", ".join(parameters), info.summary))
     return described

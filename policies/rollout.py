@@ -21,8 +21,9 @@ from deflector.envs.simulator.routing import apply_decision
 from deflector.envs.state import StateRow
 from deflector.envs.workload import Workload
 from deflector.policies.decide import decide
+from deflector.policies.oracle import play_with_oracle
 from deflector.policies.policy import Policy, make_policy
-from deflector.policies.registry import parse_policy
+from deflector.policies.registry import PolicySpec, parse_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,16 @@ def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0
     chosen = parse_policy(policy)
     if chosen.info.kind == "learned":
         return play_policy(spec, workload, make_policy(policy), seed=seed, warmup_s=warmup_s)
+    if chosen.info.kind == "oracle":
+        world = play_with_oracle(spec, workload, policy, seed=seed, warmup_s=warmup_s)
+    else:
+        world = _play_analytical(spec, workload, chosen, seed, warmup_s)
+    outcomes = Outcomes(workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, world.requests[:, :NUM_COLUMNS])
+    return Rollout(outcomes, int(world.i[at.H_ITERATIONS]), world.log[: int(world.i[at.H_LOG_LENGTH])])
+
+
+def _play_analytical(spec: ClusterSpec, workload: Workload, chosen: PolicySpec, seed: int, warmup_s: float) -> World:
+    """The run's arrays at its end."""
     facts = spec.facts()
     slots = max(64, min(len(workload), 1024))
     world = new_world(
@@ -76,10 +87,8 @@ def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0
             workload.ttft_slo_s, workload.tbt_slo_s, rows, memory, answer,
         )  # fmt: skip
         if code == at.DONE:
-            break
+            return world
         world = grown(world, code)
-    outcomes = Outcomes(workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, world.requests[:, :NUM_COLUMNS])
-    return Rollout(outcomes, int(world.i[at.H_ITERATIONS]), world.log[: int(world.i[at.H_LOG_LENGTH])])
 
 
 def play_policy(

@@ -11,7 +11,7 @@ from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray, IntArray
 from deflector.envs.simulator.queues import slot_base
 from deflector.policies.decide import decide
-from deflector.policies.registry import parse_policy
+from deflector.policies.registry import parse_analytical
 
 _DECISION = int(Stage.DECISION)
 
@@ -33,7 +33,7 @@ class Teacher:
         Raises:
             InputError: If there is none of that name, or a parameter is off.
         """
-        spec = parse_policy(policy)
+        spec = parse_analytical(policy)
         self._number, self._parameters = spec.info.number, spec.vector
         self._memory = np.zeros((count, MEMORY))
         self._answer = np.zeros(at.DECISION_LENGTH)

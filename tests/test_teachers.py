@@ -5,6 +5,7 @@ import pytest
 from random_cases import random_case
 
 from deflector.envs.cluster import parse_cluster
+from deflector.envs.errors import InputError
 from deflector.envs.generators import generate
 from deflector.envs.lanes import Episode, Stage
 from deflector.envs.outcome import Column, Outcomes
@@ -78,3 +79,9 @@ def test_a_lane_that_is_forgotten_begins_anew() -> None:
         actions.append(taken)
         teacher.forget(0)
     assert actions[0] == actions[1]
+
+
+def test_only_analytical_rules_teach_this_way() -> None:
+    for text, told in (("kairo", "did you mean kairos"), ("oracle_lookahead", "no analytical rule; those are never")):
+        with pytest.raises(InputError, match=told):
+            Teacher(text, 1)

@@ -9,6 +9,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 
 from deflector.envs.workload import Workload
+from deflector.policies.registry import parse_policy
 from deflector.policies.rollout import rollout, time_decisions_us
 from deflector.training.cells import Cell, Plan, Run
 from deflector.training.metrics import RunMetrics, measure
@@ -95,6 +96,8 @@ def time_policies(plan: Plan, watch: Watch = lambda done: None) -> dict[tuple[st
     for cell in plan.cells:
         requests = plan.workload(cell, plan.seeds[0])
         for policy in plan.policies:
+            if parse_policy(policy).info.kind == "oracle":  # No router could ask it.
+                continue
             taken_us = time_decisions_us(cell.spec, requests, policy, seed=plan.seeds[0])
             if len(taken_us):
                 found[cell.key, policy] = (float(np.percentile(taken_us, 50)), float(np.percentile(taken_us, 99)))

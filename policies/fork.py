@@ -1,0 +1,243 @@
+"""Every action tried on a fork of a simulated cluster, and played on to the settled cost; compiled.
+
+A fork is a copy of the run's state. It shares the log of gaps and the table of requests with the run and writes into
+both, since a finishing request's gaps are read from the log: `_leave_no_trace` takes back what it wrote.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from deflector.envs.actions import answer_action, is_possible, nearest_action
+from deflector.envs.compiled import entry, inner
+from deflector.envs.outcome import NUM_COLUMNS, Column, Status
+from deflector.envs.question import Question
+from deflector.envs.rewards import MOST_WAITING, SLO_TBT, SLO_TTFT, WAITING_WEIGHT
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.events import advance
+from deflector.envs.simulator.layout import FloatArray, IntArray, World
+from deflector.envs.simulator.queues import node_base, slot_base, slot_base_f
+from deflector.envs.simulator.reports import observe
+from deflector.envs.simulator.routing import apply_decision
+from deflector.policies.decide import decide
+
+_STATUS, _TOKENS, _PREEMPTIONS = int(Column.STATUS), int(Column.TOKENS), int(Column.PREEMPTIONS)
+_FIRST_TOKEN, _P99 = int(Column.FIRST_TOKEN_S), int(Column.TBT_P99_S)
+_FINISHED = int(Status.FINISHED)
+
+BASE = 0
+"""The candidate that is the base policy's own decision; action a is candidate 1 + a."""
+
+
+class Search(NamedTuple):
+    """What `try_candidates` reads and writes.
+
+    Attributes:
+        run: A run at a decision, left as it is.
+        fork: The same with arrays of its own for f, i and cache, of the same lengths; overwritten.
+        futures: (samples, num_requests, REQUEST_WIDTH) float64: the table of requests in each future; an arrival at
+            inf ends it.
+        slos: (samples, num_requests, >= 2) float64: TTFT and TBT SLO of each request.
+        horizons: (horizons,) float64, ascending: arrivals after the request at hand that are charged; inf for all.
+        policy: The base policy's number.
+        parameters: Its parameters.
+        memory: (MEMORY,) float64 that it remembers before the decision.
+        decided: (MEMORY,) float64, written: what it remembers after it.
+        played: (MEMORY,) float64, the forks' own.
+        rows: (len(StateRow), num_nodes) float64, the forks' own.
+        answer: (DECISION_LENGTH,) float64, the forks' own.
+        iterations: (num_nodes,) float64, the forks' own.
+        decisions: (1 + actions, DECISION_LENGTH) float64, written: what each candidate means.
+        nearest: (1,) int64, written: the action nearest to the base policy's decision, masked out or not.
+        costs: (1 + actions, horizons, samples) float64, written; inf for an action that is masked out.
+    """
+
+    run: World
+    fork: World
+    futures: FloatArray
+    slos: FloatArray
+    horizons: FloatArray
+    policy: int
+    parameters: FloatArray
+    memory: FloatArray
+    decided: FloatArray
+    played: FloatArray
+    rows: FloatArray
+    answer: FloatArray
+    iterations: FloatArray
+    decisions: FloatArray
+    nearest: IntArray
+    costs: FloatArray
+
+
+@entry
+def try_candidates(s: Search) -> int:
+    """Fills `costs`: every candidate in every future, the base policy making all later decisions.
+
+    The next requests arrive, as many as the longest horizon says, and all that are then in the cluster are played to
+    their end. Each is charged what it has cost: those in the cluster now and the one at hand in full, the k-th after it
+    with the weight 1 - k / (horizon + 1). What a decision now does to a request long after it is hardly more than
+    chance, and would drown what it surely does to the next ones.
+
+    Returns:
+        DONE, or GROW_SLOTS or GROW_LOG: to be called again with larger arrays.
+    """
+    for node in range(s.run.i[at.H_NUM_NODES]):
+        segment = s.run.i[node_base(s.run.i, node) + at.SEGMENT]
+        s.iterations[node] = s.run.log[segment, at.LOG_ITERATIONS] if segment >= 0 else 0.0
+    first, longest = s.run.i[at.H_NEXT_ARRIVAL], s.horizons[len(s.horizons) - 1]
+    behind = first + int(min(longest, float(s.futures.shape[1] - first)))
+    for sample in range(len(s.futures)):
+        requests = s.futures[sample, :behind]
+        w = World(s.fork.f, s.fork.i, s.run.log, requests, s.run.nodes, s.run.tables, s.fork.cache, s.run.prefixes)
+        for candidate in range(len(s.decisions)):
+            code = _play(s, w, sample, candidate)
+            _leave_no_trace(s, w)
+            if code != at.DONE:
+                return code
+    return at.DONE
+
+
+@inner
+def _play(s: Search, w: World, sample: int, candidate: int) -> int:
+    """Plays one candidate to the end of all requests within the longest horizon; DONE, or what asks for room."""
+    _begin(s, w, candidate)
+    for h in range(len(s.horizons)):
+        s.costs[candidate, h, sample] = 0.0
+    first, closed = w.i[at.H_NEXT_ARRIVAL], w.i[at.H_NUM_CLOSED]
+    at_hand, code = True, at.DECIDE
+    while code == at.DECIDE:
+        observe(w, s.rows)
+        q = _question(s, w, sample)
+        if not at_hand or candidate == BASE:
+            decide(s.policy, q)
+        elif is_possible(q, candidate - 1):
+            answer_action(q, candidate - 1)
+        else:
+            for h in range(len(s.horizons)):
+                s.costs[candidate, h, sample] = np.inf
+            return at.DONE
+        if at_hand:
+            at_hand = False
+            twin = _note_decision(s, q, candidate)
+            if twin < candidate:
+                for h in range(len(s.horizons)):
+                    s.costs[candidate, h, sample] = s.costs[twin, h, sample]
+                return at.DONE
+        apply_decision(w, s.answer)
+        code = advance(w)
+        for k in range(closed, w.i[at.H_NUM_CLOSED]):
+            _charge(s, w, sample, candidate, first, int(w.requests[k, at.CLOSED]))
+        closed = w.i[at.H_NUM_CLOSED]
+    if code == at.DONE:
+        for slot in range(w.i[at.H_SLOTS]):
+            if w.i[slot_base(w.i, slot) + at.STAGE] != at.FREE:
+                _charge(s, w, sample, candidate, first, w.i[slot_base(w.i, slot) + at.REQUEST])
+    return code
+
+
+@inner
+def _begin(s: Search, w: World, candidate: int) -> None:
+    """Makes the fork what the run is; the base policy has been asked about the request at hand, or is about to be."""
+    for k in range(len(w.f)):
+        w.f[k] = s.run.f[k]
+    for k in range(len(w.i)):
+        w.i[k] = s.run.i[k]
+    for k in range(len(w.cache)):
+        w.cache[k] = s.run.cache[k]
+    for k in range(len(s.played)):
+        s.played[k] = s.memory[k] if candidate == BASE else s.decided[k]
+
+
+@inner
+def _question(s: Search, w: World, sample: int) -> Question:
+    slot = slot_base(w.i, w.i[at.H_CURRENT])
+    request = w.i[slot + at.REQUEST]
+    s.answer[at.D_TTFT_PREFILL] = s.answer[at.D_TTFT_DECODE] = np.nan
+    return Question(
+        w.f[at.G_NOW], w.i[slot + at.PROMPT], s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT],
+        s.rows, w.nodes, w.tables, s.parameters, s.played, s.answer,
+    )  # fmt: skip
+
+
+@inner
+def _note_decision(s: Search, q: Question, candidate: int) -> int:
+    """Keeps what a candidate means; returns the first candidate that means the same."""
+    for k in range(len(s.answer)):
+        s.decisions[candidate, k] = s.answer[k]
+    if candidate == BASE:
+        for k in range(len(s.played)):
+            s.decided[k] = s.played[k]
+        s.nearest[0] = nearest_action(q)
+    for twin in range(candidate):
+        if _mean_the_same(s.decisions, twin, candidate):
+            return twin
+    return candidate
+
+
+@inner
+def _mean_the_same(decisions: FloatArray, one: int, other: int) -> bool:
+    for k in (at.D_PATH, at.D_PREFILL, at.D_DECODE, at.D_RULE, at.D_BUDGET, at.D_NUM_RUNS):
+        if decisions[one, k] != decisions[other, k]:
+            return False
+    for k in range(at.D_RUNS, at.D_RUNS + 2 * int(decisions[one, at.D_NUM_RUNS])):
+        if decisions[one, k] != decisions[other, k]:
+            return False
+    return True
+
+
+@inner
+def _charge(s: Search, w: World, sample: int, candidate: int, first: int, request: int) -> None:
+    """Adds what a request has cost, the less the later after the `first` one it arrives."""
+    cost = _cost(w, request, s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT])
+    for h in range(len(s.horizons)):
+        weight = 1.0 - max(request - first + 1, 0) / (s.horizons[h] + 1.0)
+        s.costs[candidate, h, sample] += max(weight, 0.0) * cost
+
+
+@inner
+def _cost(w: World, request: int, ttft_slo_s: float, tbt_slo_s: float) -> float:
+    """What `envs.rewards` charges for a request altogether: 1 if it misses its SLOs, and a little for waiting."""
+    ttft_s, p99_s = w.requests[request, _FIRST_TOKEN] - w.requests[request, at.IN_ARRIVAL], w.requests[request, _P99]
+    attained = w.requests[request, _STATUS] == _FINISHED and ttft_s <= ttft_slo_s
+    attained = attained and (np.isnan(p99_s) or p99_s <= tbt_slo_s)
+    ratio = MOST_WAITING if np.isnan(ttft_s) else min(ttft_s / ttft_slo_s, MOST_WAITING)
+    if ttft_slo_s == np.inf:
+        ratio = 0.0
+    return (0.0 if attained else 1.0) + WAITING_WEIGHT * ratio
+
+
+@inner
+def _leave_no_trace(s: Search, w: World) -> None:
+    """Takes back what a fork has written into the table of requests and into the log.
+
+    In the log: entries beyond the run's own; the length of each node's last segment, which a leap goes on with or cuts;
+    and the irregular gaps that were open.
+    """
+    for k in range(s.run.i[at.H_NUM_CLOSED], w.i[at.H_NUM_CLOSED]):
+        request = int(w.requests[k, at.CLOSED])
+        w.requests[k, at.CLOSED] = np.nan
+        for column in range(NUM_COLUMNS):
+            w.requests[request, column] = np.nan
+        w.requests[request, _STATUS] = w.requests[request, _TOKENS] = w.requests[request, _PREEMPTIONS] = 0.0
+    i, log = s.run.i, s.run.log
+    for k in range(i[at.H_LOG_LENGTH], w.i[at.H_LOG_LENGTH]):
+        _clear(log, k)
+    for node in range(i[at.H_NUM_NODES]):
+        nb = node_base(i, node)
+        k = i[nb + at.NEXT_ENTRY]
+        while k & (at.LOG_CHUNK - 1):
+            _clear(log, k)
+            k += 1
+        if i[nb + at.SEGMENT] >= 0:
+            log[i[nb + at.SEGMENT], at.LOG_ITERATIONS] = s.iterations[node]
+    for slot in range(i[at.H_SLOTS]):
+        sb = slot_base(i, slot)
+        if i[sb + at.STAGE] != at.FREE and not np.isnan(s.run.f[slot_base_f(i, slot) + at.LAST_TOKEN]):
+            log[i[sb + at.BREAK], at.LOG_GAP], log[i[sb + at.BREAK], at.LOG_GROWTH] = np.nan, 0.0
+
+
+@inner
+def _clear(log: FloatArray, k: int) -> None:
+    for column in range(at.LOG_WIDTH):
+        log[k, column] = 0.0

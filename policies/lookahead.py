@@ -1,0 +1,123 @@
+"""Looking ahead from a decision: what each action leads to if a base policy makes all later decisions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deflector.envs.question import MEMORY
+from deflector.envs.simulator import layout as at
+from deflector.envs.simulator.layout import FloatArray, World
+from deflector.envs.state import StateRow
+from deflector.envs.workload import Workload
+from deflector.policies.fork import BASE, Search, try_candidates
+from deflector.policies.registry import parse_analytical
+
+LEAST_GAIN = 1e-9
+"""A candidate that is cheaper by less than this is as good as the base policy's decision: sums are rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What each candidate at one decision leads to. Candidate 0 is the base policy's decision, 1 + a is action a.
+
+    Attributes:
+        costs: (1 + actions, horizons, samples) float64: see `envs.rewards`; inf for an action that is masked out.
+        decisions: (1 + actions, DECISION_LENGTH) float64, as `apply_decision` takes them.
+        nearest: The action nearest to the base policy's decision, masked out or not.
+    """
+
+    costs: FloatArray
+    decisions: FloatArray
+    nearest: int
+
+    @property
+    def best(self) -> int:
+        """The candidate with the least mean cost at the longest horizon; on a tie the base policy's decision."""
+        mean = self.costs[:, -1].mean(axis=1)
+        best = int(np.argmin(mean))
+        return best if mean[best] < mean[BASE] - LEAST_GAIN else BASE
+
+    @property
+    def best_action(self) -> int:
+        """The same among the actions alone; on a tie the one nearest to the base policy's decision."""
+        mean = self.costs[1:, -1].mean(axis=1)
+        best = int(np.argmin(mean))
+        return self.nearest if mean[self.nearest] <= mean[best] + LEAST_GAIN else best
+
+
+class Lookahead:
+    """Plays the candidates at the decisions of one run on; remembers what its base policy remembers."""
+
+    def __init__(self, base: str, num_actions: int, horizons: Sequence[float]) -> None:
+        """A look ahead from a run's first decision on.
+
+        Args:
+            base: An analytical policy of the registry, which makes the later decisions.
+            num_actions: `Schema.num_actions`.
+            horizons: Numbers of arrivals after the request at hand that are charged, ascending; inf for all.
+
+        Raises:
+            InputError: If there is no such policy.
+        """
+        spec = parse_analytical(base)
+        self._number, self._parameters = spec.info.number, spec.vector
+        self._horizons = np.array(horizons, np.float64)
+        if not len(horizons) or not np.all(self._horizons >= 0) or list(horizons) != sorted(horizons):
+            raise ValueError(f"horizons {list(horizons)}: give numbers of arrivals >= 0, ascending")
+        self._num_candidates = 1 + num_actions
+        self._memory, self._decided, self._played = np.zeros(MEMORY), np.zeros(MEMORY), np.zeros(MEMORY)
+        self._answer = np.zeros(at.DECISION_LENGTH)
+        self._fork: World | None = None
+
+    def forget(self) -> None:
+        """Begins anew with another run."""
+        self._memory[:] = 0.0
+
+    def evaluate(
+        self,
+        world: World,
+        slos: FloatArray,
+        grow: Callable[[int], World],
+        futures: FloatArray | None = None,
+    ) -> Evaluation:
+        """Tries every candidate at the decision that a run is at; to be called once for each decision.
+
+        Args:
+            world: The run, left as it is.
+            slos: (samples, requests, 2) float64: TTFT and TBT SLO of each request, see `true_slos`.
+            grow: Gives the run larger arrays, called with what `grown` takes, and returns them.
+            futures: (samples, requests, REQUEST_WIDTH) float64, see `alternative_futures`; the true future if None.
+
+        Returns:
+            Costs of the candidates by horizon and future.
+        """
+        num_nodes, samples = len(world.nodes), len(slos)
+        rows, iterations = np.zeros((len(StateRow), num_nodes)), np.zeros(num_nodes)
+        decisions = np.zeros((self._num_candidates, at.DECISION_LENGTH))
+        costs = np.zeros((self._num_candidates, len(self._horizons), samples))
+        nearest = np.zeros(1, np.int64)
+        while True:
+            search = Search(
+                world, self._fork_of(world), world.requests[None] if futures is None else futures, slos,
+                self._horizons, self._number, self._parameters, self._memory, self._decided, self._played, rows,
+                self._answer, iterations, decisions, nearest, costs,
+            )  # fmt: skip
+            code = try_candidates(search)
+            if code == at.DONE:
+                break
+            world = grow(code)
+        self._memory[:] = self._decided
+        return Evaluation(costs, decisions, int(nearest[0]))
+
+    def _fork_of(self, world: World) -> World:
+        fork = self._fork
+        if fork is None or len(fork.f) != len(world.f) or len(fork.cache) != len(world.cache):
+            fork = world._replace(f=np.empty_like(world.f), i=np.empty_like(world.i), cache=np.empty_like(world.cache))
+            self._fork = fork
+        return fork
+
+
+def true_slos(workload: Workload) -> FloatArray:
+    """(1, requests, 2) float64: the SLOs of a workload, as `Lookahead.evaluate` takes them."""
+    return np.stack([workload.ttft_slo_s, workload.tbt_slo_s], axis=1)[None]
