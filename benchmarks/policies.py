@@ -38,7 +38,7 @@ def policies() -> dict[str, Policy]:
     rng = np.random.default_rng(0)
     shapes = actor_shapes(LEARNED_WIDTH)
     tensors = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
-    analytical = {name: make_policy(name) for name in policy_names()}
+    analytical = {name: make_policy(name) for name in policy_names("analytical")}
     return analytical | {"learned": LearnedPolicy(StoredPolicy(tensors, True, {}, ()))}
 
 

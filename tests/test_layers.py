@@ -49,6 +49,8 @@ def test_planted_violation_is_caught(tmp_path: Path, floor: str, forbidden: str)
         ("stable_baselines3", "training/"),
         ("sb3_contrib", "training/"),
         ("wandb", "training/"),
+        ("tensorboard", "training/"),
+        ("cma", "training/"),
         ("vllm", "live/vllm_plugin/"),
         ("numba", "envs/compiled.py"),
     ],

@@ -48,6 +48,8 @@ def test_flags_are_short_names_of_keys() -> None:
         ("on_policy.learning_rate=.nan", "on_policy.learning_rate: Input should be"),
         ("on_policy.learning_rate=.inf", "on_policy.learning_rate: Input should be"),
         ("validation.policies=[kairoz]", "did you mean kairos"),
+        ("evolution.policy=oracle_lookahead", "is no analytical rule"),
+        ("warm_start.teacher='learned:x'", "is no analytical rule"),
         ("evolution.policy=nothing", "unknown policy 'nothing'"),
         ("seed.inner=1", "--set seed.inner=1: 'seed' has no keys of its own"),
         ("lanes", "--set lanes: write KEY=VALUE"),

@@ -16,7 +16,7 @@ import numpy as np
 from deflector.envs.errors import InputError
 from deflector.envs.lanes import Episode
 from deflector.envs.scenarios import Scenarios
-from deflector.policies.registry import PolicySpec, parse_policy
+from deflector.policies.registry import PolicySpec, parse_analytical
 from deflector.policies.rollout import rollout
 from deflector.training.train_config import TrainConfig
 
@@ -66,7 +66,7 @@ def evolve(
     Raises:
         InputError: If the policy has no parameters.
     """
-    start = parse_policy(config.evolution.policy)
+    start = parse_analytical(config.evolution.policy)
     if not start.parameters:
         raise InputError(f"evolution.policy: {start.name} has no parameters: choose one that has, such as slo_price")
     scenarios, space = Scenarios(config.scenario), _Space(start)

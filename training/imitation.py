@@ -20,6 +20,8 @@ from deflector.envs.schema import Schema
 from deflector.envs.simulator.layout import IntArray
 from deflector.envs.vector import DeflectionVectorEnv
 from deflector.envs.written import write_atomically
+from deflector.policies.oracle import OracleTeacher
+from deflector.policies.registry import parse_policy
 from deflector.policies.teachers import Teacher
 from deflector.training.network import EquivariantNetwork
 from deflector.training.train_config import WarmStart
@@ -124,7 +126,9 @@ def demonstrate(
     Raises:
         InputError: If there is no such teacher.
     """
-    shower, generator = Teacher(teacher, env.num_envs), np.random.default_rng(seeds.spawn(1)[0])
+    is_oracle = parse_policy(teacher).info.kind == "oracle"
+    shower = OracleTeacher(teacher, env.num_envs, env.schema) if is_oracle else Teacher(teacher, env.num_envs)
+    generator = np.random.default_rng(seeds.spawn(1)[0])
     seen, _ = env.reset(seed=first_seed(seeds))
     kept: list[tuple[Observation, Mask, IntArray]] = []
     count = 0

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deflector.envs.errors import InputError
 from deflector.envs.scenarios import ScenarioSettings
-from deflector.policies.registry import parse_policy
+from deflector.policies.registry import parse_analytical, parse_policy
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -144,9 +144,12 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "TrainConfig":
-        teachers = () if self.warm_start.teacher is None else (self.warm_start.teacher,)
-        for name in (*self.validation.policies, self.evolution.policy, *teachers):
+        for name in self.validation.policies:
             parse_policy(name)
+        parse_analytical(self.evolution.policy)
+        teacher = self.warm_start.teacher
+        if teacher is not None and parse_policy(teacher).info.kind != "oracle":
+            parse_analytical(teacher)
         return self
 
     @property
