@@ -45,7 +45,7 @@ type: $(VENV)/dev  ## mypy --strict
 format: $(VENV)/dev  ## let ruff format the sources
 	$(BIN)/ruff format .
 
-bench: $(VENV)/core  ## run every benchmark, figures to results/bench
+bench: $(VENV)/dev  ## run every benchmark, figures to results/bench
 	@mkdir -p results/bench
 	@set -e; for script in benchmarks/*.py; do \
 		echo "== $$script"; \

@@ -56,6 +56,21 @@ class Trained:
     steps_per_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run needs, made before anything is written.
+
+    Attributes:
+        lanes: The environment.
+        validator: Judges the policy.
+        shown: Stored demonstrations, if the configuration names them.
+    """
+
+    lanes: DeflectionVectorEnv
+    validator: Validator
+    shown: Demonstrations | None
+
+
 def train(flags: Train, console: Console) -> dict[str, Any]:
     """Carries out `deflector train`.
 
@@ -64,36 +79,53 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         console: Where configuration, tables and messages go.
 
     Returns:
-        What `--json` holds.
+        What `--json` holds; nothing for `--print-config`.
 
     Raises:
         InputError: In one line, with the remedy.
         OSError: If the last checkpoint or the results cannot be written.
     """
-    if flags.resume is not None:
-        if flags.config or flags.out or flags.changes():
-            raise InputError("--resume: a run keeps its own configuration and folder: leave the other flags out")
-        folder = RunFolder.resume(flags.resume)
-    else:
-        config = read_config(flags.config, flags.changes())
-        if flags.print_config:
-            console.print(config.as_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
-            return {}
-        check(config)
-        folder = RunFolder.begin(flags.out or f"runs/{config.algorithm}-seed{config.seed}", config)
-    tracker = make_tracker(
-        flags.track,
-        folder=folder.path,
-        name=folder.path.name,
-        config=folder.config.model_dump(mode="json"),
-        resume_id=folder.identity,
-    )
+    if flags.resume is not None and (flags.config or flags.out or flags.changes()):
+        raise InputError("--resume: a run keeps its own configuration and folder: leave the other flags out")
+    folder = None if flags.resume is None else RunFolder.resume(flags.resume)
+    config = read_config(flags.config, flags.changes()) if folder is None else folder.config
+    if flags.print_config:
+        console.print(config.as_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
+        return {}
+    with Progress() as progress:
+        prepared = prepare(config, progress)
+        folder = folder or RunFolder.begin(flags.out or f"runs/{config.algorithm}-seed{config.seed}", config)
+        trained = _tracked(folder, prepared, flags.track, progress, console)
+    return _finish(flags, folder, trained, console)
+
+
+def prepare(config: TrainConfig, progress: Progress) -> Prepared:
+    """Reads and checks all that a configuration names.
+
+    Raises:
+        InputError: In one line, with the remedy.
+    """
+    progress.begin("finding saturation rates (the first time, the simulator is compiled: a minute or two)")
+    lanes = make_lanes(config)
+    stored = config.warm_start.demonstrations
+    shown = None if stored is None else Demonstrations.load(stored, lanes.schema)
+    lanes.scenarios.prepare()
+    validator = Validator(config)
+    progress.end()
+    return Prepared(lanes, validator, shown)
+
+
+def _tracked(folder: RunFolder, prepared: Prepared, kind: str, progress: Progress, console: Console) -> Trained:
+    """The run, with a tracker that is finished however it ends."""
+    settings = folder.config.model_dump(mode="json")
+    names = {"name": folder.path.name, "resume_id": folder.identity}
+    tracker = make_tracker(kind, folder=folder.path, config=settings, **names)
     try:
-        with Progress() as progress:
-            trained = run(folder, tracker, progress, console)
+        trained = run(folder, prepared, tracker, progress, console)
     except KeyboardInterrupt:
         newest = folder.newest()
         kept = f"from {newest[1].decisions:,} decisions" if newest else "from the beginning"
+        progress.end()
         console.print(f"Stopped: deflector train --resume {folder.path} goes on {kept}", style="bold", soft_wrap=True)
         tracker.finish(exit_code=130)
         raise
@@ -101,40 +133,33 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         tracker.finish(exit_code=1)
         raise
     tracker.finish()
-    return _finish(flags, folder, trained, console)
+    return trained
 
 
-def run(folder: RunFolder, tracker: Tracker, progress: Progress, console: Console) -> Trained:
+def run(folder: RunFolder, prepared: Prepared, tracker: Tracker, progress: Progress, console: Console) -> Trained:
     """Trains what the folder's configuration says, from its newest checkpoint if it has one."""
-    config = folder.config
-    progress.begin("drawing validation episodes (the first time, the simulator is compiled: two minutes)")
-    validator = Validator(config)
-    progress.end()
 
     def report(found: Validated, decisions: int) -> None:
         tracker.table("validation", decisions, *found.table())
         tracker.figure("validation", decisions, draw_validation(found))
 
-    if config.algorithm == "evolution":
-        policy, decisions, validated = run_evolution(folder, validator, tracker, progress, report)
+    if folder.config.algorithm == "evolution":
+        policy, decisions, validated = run_evolution(folder, prepared.validator, tracker, progress, report)
         return Trained(policy, decisions, validated, (validated.attainment, decisions), None)
-    return _learn(folder, validator, tracker, progress, console, report)
+    return _learn(folder, prepared, tracker, progress, console, report)
 
 
 def _learn(
     folder: RunFolder,
-    validator: Validator,
+    prepared: Prepared,
     tracker: Tracker,
     progress: Progress,
     console: Console,
     report: Callable[[Validated, int], None],
 ) -> Trained:
-    config = folder.config
+    config, lanes = folder.config, prepared.lanes
     torch.set_num_threads(config.threads)
-    lanes = make_lanes(config)
     env = DeflectionVecEnv(lanes, horizon_s=config.on_policy.horizon_s)
-    progress.begin("finding saturation rates")
-    lanes.scenarios.prepare(lambda done, total: None)
     model = make_model(config, env, lanes.schema)
     network = network_of(cast(Any, model.policy))
     newest = folder.newest()
@@ -144,7 +169,7 @@ def _learn(
         at = newest[1]
     else:
         if config.warm_start.wanted:
-            _warm_start(folder, network, lanes, progress, console)
+            _warm_start(folder, network, prepared, progress, console)
         schema = lanes.schema
         sizes = (config.network.width, schema.estimates, schema.prefill_nodes, schema.decode_nodes)
         at = Progressed(0, config.seed, *sizes)
@@ -163,7 +188,7 @@ def _learn(
 
     keeper = Keeper(
         folder,
-        validator,
+        prepared.validator,
         at,
         export=export,
         report=lambda found, at: report(found, at.decisions),
@@ -179,22 +204,10 @@ def _learn(
     env.close()
     trained = model.num_timesteps - at.decisions
     rate = trained / (time.perf_counter() - begun_s) if trained else None
-    validated = keeper.validated or validator.judge(network)
+    validated = keeper.validated or prepared.validator.judge(network)
     assert keeper.at.best is not None
     best = (keeper.at.best, keeper.at.best_decisions)
     return Trained(f"learned:{folder.path / 'best'}", model.num_timesteps, validated, best, rate)
-
-
-def check(config: TrainConfig) -> None:
-    """Looks at all that a run will need before anything is written.
-
-    Raises:
-        InputError: In one line, with the remedy.
-    """
-    lanes = make_lanes(config)
-    if config.warm_start.demonstrations is not None:
-        Demonstrations.load(config.warm_start.demonstrations, lanes.schema)
-    Validator(config)
 
 
 def make_lanes(config: TrainConfig) -> DeflectionVectorEnv:
@@ -208,16 +221,15 @@ def make_lanes(config: TrainConfig) -> DeflectionVectorEnv:
 
 
 def _warm_start(
-    folder: RunFolder, network: EquivariantNetwork, lanes: DeflectionVectorEnv, progress: Progress, console: Console
+    folder: RunFolder, network: EquivariantNetwork, prepared: Prepared, progress: Progress, console: Console
 ) -> None:
     settings = folder.config.warm_start
     seeds = np.random.SeedSequence([folder.config.seed, 0, _WARM_START])
-    if settings.demonstrations is not None:
-        shown = Demonstrations.load(settings.demonstrations, lanes.schema)
-    else:
+    shown = prepared.shown
+    if shown is None:
         assert settings.teacher is not None
         progress.begin(f"{settings.teacher} demonstrates", total=settings.decisions)
-        shown = demonstrate(lanes, settings.teacher, settings, seeds, progress.advance)
+        shown = demonstrate(prepared.lanes, settings.teacher, settings, seeds, progress.advance)
         shown.save(folder.path / "demonstrations.safetensors")
     progress.begin(f"imitating {shown.teacher}")
     same = imitate(network, shown, settings, np.random.default_rng(seeds.spawn(1)[0]))
