@@ -11,7 +11,7 @@ from deflector.envs.errors import InputError
 from deflector.training.settings import Evaluate, Export, Saturation
 from deflector.training.train_flags import Train
 
-# Everything else is imported where it is used: `deflector --help` shall not wait for NumPy, let alone for Numba.
+# Everything else is imported where it is used: `deflector --help` shall not wait for Numba, let alone for torch.
 
 _Value = TypeVar("_Value")
 
