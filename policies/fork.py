@@ -38,7 +38,7 @@ class Search(NamedTuple):
         futures: (samples, num_requests, REQUEST_WIDTH) float64: the table of requests in each future; an arrival at
             inf ends it.
         slos: (samples, num_requests, >= 2) float64: TTFT and TBT SLO of each request.
-        horizons: (horizons,) float64, ascending: arrivals after the request at hand that are charged; inf for all.
+        horizons_s: (horizons,) float64, ascending: how long from now arriving requests are charged; inf for all.
         policy: The base policy's number.
         parameters: Its parameters.
         memory: (MEMORY,) float64 that it remembers before the decision.
@@ -56,7 +56,7 @@ class Search(NamedTuple):
     fork: World
     futures: FloatArray
     slos: FloatArray
-    horizons: FloatArray
+    horizons_s: FloatArray
     policy: int
     parameters: FloatArray
     memory: FloatArray
@@ -74,10 +74,10 @@ class Search(NamedTuple):
 def try_candidates(s: Search) -> int:
     """Fills `costs`: every candidate in every future, the base policy making all later decisions.
 
-    The next requests arrive, as many as the longest horizon says, and all that are then in the cluster are played to
-    their end. Each is charged what it has cost: those in the cluster now and the one at hand in full, the k-th after it
-    with the weight 1 - k / (horizon + 1). What a decision now does to a request long after it is hardly more than
-    chance, and would drown what it surely does to the next ones.
+    The next requests arrive until the longest horizon, and all that are then in the cluster are played to their end.
+    Each is charged what it has cost: those in the cluster now and the one at hand in full, those to come with a weight
+    that falls linearly to 0 at the horizon. What a decision does to a request long after it is hardly more than chance,
+    and would drown what it surely does to the next ones.
 
     Returns:
         DONE, or GROW_SLOTS or GROW_LOG: to be called again with larger arrays.
@@ -85,9 +85,11 @@ def try_candidates(s: Search) -> int:
     for node in range(s.run.i[at.H_NUM_NODES]):
         segment = s.run.i[node_base(s.run.i, node) + at.SEGMENT]
         s.iterations[node] = s.run.log[segment, at.LOG_ITERATIONS] if segment >= 0 else 0.0
-    first, longest = s.run.i[at.H_NEXT_ARRIVAL], s.horizons[len(s.horizons) - 1]
-    behind = first + int(min(longest, float(s.futures.shape[1] - first)))
+    end_s = s.run.f[at.G_NOW] + s.horizons_s[len(s.horizons_s) - 1]
     for sample in range(len(s.futures)):
+        behind = s.run.i[at.H_NEXT_ARRIVAL]
+        while behind < s.futures.shape[1] and s.futures[sample, behind, at.IN_ARRIVAL] < end_s:
+            behind += 1
         requests = s.futures[sample, :behind]
         w = World(s.fork.f, s.fork.i, s.run.log, requests, s.run.nodes, s.run.tables, s.fork.cache, s.run.prefixes)
         for candidate in range(len(s.decisions)):
@@ -102,9 +104,9 @@ def try_candidates(s: Search) -> int:
 def _play(s: Search, w: World, sample: int, candidate: int) -> int:
     """Plays one candidate to the end of all requests within the longest horizon; DONE, or what asks for room."""
     _begin(s, w, candidate)
-    for h in range(len(s.horizons)):
+    for h in range(len(s.horizons_s)):
         s.costs[candidate, h, sample] = 0.0
-    first, closed = w.i[at.H_NEXT_ARRIVAL], w.i[at.H_NUM_CLOSED]
+    now_s, closed = w.f[at.G_NOW], w.i[at.H_NUM_CLOSED]
     at_hand, code = True, at.DECIDE
     while code == at.DECIDE:
         observe(w, s.rows)
@@ -114,25 +116,25 @@ def _play(s: Search, w: World, sample: int, candidate: int) -> int:
         elif is_possible(q, candidate - 1):
             answer_action(q, candidate - 1)
         else:
-            for h in range(len(s.horizons)):
+            for h in range(len(s.horizons_s)):
                 s.costs[candidate, h, sample] = np.inf
             return at.DONE
         if at_hand:
             at_hand = False
             twin = _note_decision(s, q, candidate)
             if twin < candidate:
-                for h in range(len(s.horizons)):
+                for h in range(len(s.horizons_s)):
                     s.costs[candidate, h, sample] = s.costs[twin, h, sample]
                 return at.DONE
         apply_decision(w, s.answer)
         code = advance(w)
         for k in range(closed, w.i[at.H_NUM_CLOSED]):
-            _charge(s, w, sample, candidate, first, int(w.requests[k, at.CLOSED]))
+            _charge(s, w, sample, candidate, now_s, int(w.requests[k, at.CLOSED]))
         closed = w.i[at.H_NUM_CLOSED]
     if code == at.DONE:
         for slot in range(w.i[at.H_SLOTS]):
             if w.i[slot_base(w.i, slot) + at.STAGE] != at.FREE:
-                _charge(s, w, sample, candidate, first, w.i[slot_base(w.i, slot) + at.REQUEST])
+                _charge(s, w, sample, candidate, now_s, w.i[slot_base(w.i, slot) + at.REQUEST])
     return code
 
 
@@ -187,12 +189,15 @@ def _mean_the_same(decisions: FloatArray, one: int, other: int) -> bool:
 
 
 @inner
-def _charge(s: Search, w: World, sample: int, candidate: int, first: int, request: int) -> None:
-    """Adds what a request has cost, the less the later after the `first` one it arrives."""
+def _charge(s: Search, w: World, sample: int, candidate: int, now_s: float, request: int) -> None:
+    """Adds what a request has cost, the less the later from now it arrives."""
     cost = _cost(w, request, s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT])
-    for h in range(len(s.horizons)):
-        weight = 1.0 - max(request - first + 1, 0) / (s.horizons[h] + 1.0)
-        s.costs[candidate, h, sample] += max(weight, 0.0) * cost
+    after_s = w.requests[request, at.IN_ARRIVAL] - now_s
+    for h in range(len(s.horizons_s)):
+        if after_s <= 0.0:
+            s.costs[candidate, h, sample] += cost
+        elif after_s < s.horizons_s[h]:
+            s.costs[candidate, h, sample] += (1.0 - after_s / s.horizons_s[h]) * cost
 
 
 @inner

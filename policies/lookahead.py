@@ -49,22 +49,22 @@ class Evaluation:
 class Lookahead:
     """Plays the candidates at the decisions of one run on; remembers what its base policy remembers."""
 
-    def __init__(self, base: str, num_actions: int, horizons: Sequence[float]) -> None:
+    def __init__(self, base: str, num_actions: int, horizons_s: Sequence[float]) -> None:
         """A look ahead from a run's first decision on.
 
         Args:
             base: An analytical policy of the registry, which makes the later decisions.
             num_actions: `Schema.num_actions`.
-            horizons: Numbers of arrivals after the request at hand that are charged, ascending; inf for all.
+            horizons_s: How long from a decision arriving requests are charged for it, ascending; inf for all.
 
         Raises:
             InputError: If there is no such policy.
         """
         spec = parse_analytical(base)
         self._number, self._parameters = spec.info.number, spec.vector
-        self._horizons = np.array(horizons, np.float64)
-        if not len(horizons) or not np.all(self._horizons >= 0) or list(horizons) != sorted(horizons):
-            raise ValueError(f"horizons {list(horizons)}: give numbers of arrivals >= 0, ascending")
+        self._horizons_s = np.array(horizons_s, np.float64)
+        if not len(horizons_s) or not np.all(self._horizons_s >= 0) or list(horizons_s) != sorted(horizons_s):
+            raise ValueError(f"horizons_s {list(horizons_s)}: give numbers of seconds >= 0, ascending")
         self._num_candidates = 1 + num_actions
         self._memory, self._decided, self._played = np.zeros(MEMORY), np.zeros(MEMORY), np.zeros(MEMORY)
         self._answer = np.zeros(at.DECISION_LENGTH)
@@ -95,12 +95,12 @@ class Lookahead:
         num_nodes, samples = len(world.nodes), len(slos)
         rows, iterations = np.zeros((len(StateRow), num_nodes)), np.zeros(num_nodes)
         decisions = np.zeros((self._num_candidates, at.DECISION_LENGTH))
-        costs = np.zeros((self._num_candidates, len(self._horizons), samples))
+        costs = np.zeros((self._num_candidates, len(self._horizons_s), samples))
         nearest = np.zeros(1, np.int64)
         while True:
             search = Search(
                 world, self._fork_of(world), world.requests[None] if futures is None else futures, slos,
-                self._horizons, self._number, self._parameters, self._memory, self._decided, self._played, rows,
+                self._horizons_s, self._number, self._parameters, self._memory, self._decided, self._played, rows,
                 self._answer, iterations, decisions, nearest, costs,
             )  # fmt: skip
             code = try_candidates(search)

@@ -28,7 +28,7 @@ def play_with_oracle(spec: ClusterSpec, workload: Workload, policy: str, *, seed
     chosen = parse_policy(policy)
     backend = SimulatedBackend(spec, workload, seed=seed, count_from_s=warmup_s)
     num_actions = 1 + RULES * int(backend.facts.can_decode.sum())
-    lookahead = Lookahead(chosen.base, num_actions, [chosen.parameters["horizon"]])
+    lookahead = Lookahead(chosen.base, num_actions, [chosen.parameters["horizon_s"]])
     slos = true_slos(workload)
 
     def grow(code: int) -> World:
@@ -53,8 +53,8 @@ class OracleTeacher:
             schema: Sizes of the actions.
         """
         chosen = parse_policy(policy)
-        horizons = [chosen.parameters["horizon"]]
-        self._lookaheads = [Lookahead(chosen.base, schema.num_actions, horizons) for _ in range(count)]
+        horizons_s = [chosen.parameters["horizon_s"]]
+        self._lookaheads = [Lookahead(chosen.base, schema.num_actions, horizons_s) for _ in range(count)]
 
     def forget(self, lane: int) -> None:
         """Begins anew in a lane, since a new episode has."""

@@ -74,7 +74,7 @@ POLICIES: dict[str, PolicyInfo] = {
     "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
     "oracle_lookahead": PolicyInfo(
         -1,
-        {"horizon": (100, 0, math.inf)},
+        {"horizon_s": (2, 0, math.inf)},
         "knows the future: tries every action and plays on, the base deciding; simulations only",
         kind="oracle",
         base="slo_price",

@@ -133,6 +133,17 @@ def test_report_holds_every_run_and_no_nan(tmp_path: Path) -> None:
     json.dumps(report, allow_nan=False)
 
 
+def test_what_no_router_could_ask_is_compared_but_not_timed(tmp_path: Path) -> None:
+    settings = replace(
+        TINY, rate="30", duration=8.0, warmup=0.0, seeds="0", policies="slo_price,oracle_lookahead",
+        json=str(tmp_path / "out.json"),
+    )  # fmt: skip
+    rule, oracle = evaluate(settings, Console(file=StringIO()))["cells"]
+    assert rule["decision_us_p50"] > 0
+    assert oracle["decision_us_p50"] is None and oracle["decision_us_p99"] is None
+    assert oracle["slo_attainment"] >= rule["slo_attainment"]
+
+
 def test_the_same_command_gives_the_same_figures_whatever_the_threads() -> None:
     first, _ = tables_of(TINY)
     second, _ = tables_of(replace(TINY, jobs=1))

@@ -65,10 +65,10 @@ def small_case(seed: int) -> Case:
 class Run:
     """A run at whose decisions candidates are tried."""
 
-    def __init__(self, case: Case, base: str, *horizons: float) -> None:
+    def __init__(self, case: Case, base: str, *horizons_s: float) -> None:
         self.case, self.backend = case, SimulatedBackend(case.spec, case.workload, seed=case.seed)
         num_actions = 1 + RULES * int(self.backend.facts.can_decode.sum())
-        self.lookahead, self.slos = Lookahead(base, num_actions, horizons), true_slos(case.workload)
+        self.lookahead, self.slos = Lookahead(base, num_actions, horizons_s), true_slos(case.workload)
 
     def next(self) -> bool:
         return self.backend.next_arrival() is not None
@@ -108,7 +108,7 @@ def test_forks_that_are_thrown_away_leave_a_run_as_it_was(base: str) -> None:
     cases += [few_blocks, replace(few_blocks, spec=tight.model_copy(update={"faults": DYING[1:2]}))]
     preempted = cached = faulty = grew = 0
     for number, case in enumerate(cases):
-        run = Run(case, base, 3, TO_THE_END)
+        run = Run(case, base, 0.3, TO_THE_END)
         if number % 3 == 0:  # As few arrays as there can be, which have to grow in the middle of a play.
             facts = run.backend.facts
             run.backend.world = new_world(
@@ -179,7 +179,7 @@ def test_the_cost_of_a_play_is_what_the_environment_charges() -> None:
 
 def test_all_horizons_come_from_one_play_and_later_requests_count_less() -> None:
     case = Case(TINY, requests(1, 30, 1.0), 1)
-    several = Run(case, "kairos", 0, 5, 28, TO_THE_END)
+    several = Run(case, "kairos", 0, 0.2, 1.5, TO_THE_END)
     assert several.next()
     costs = several.evaluate().costs
     finite = np.isfinite(costs[:, 0, 0])
@@ -189,10 +189,10 @@ def test_all_horizons_come_from_one_play_and_later_requests_count_less() -> None
     np.testing.assert_array_equal(costs[:, -1], alone.evaluate().costs[:, 0])
 
 
-def test_horizons_are_numbers_of_arrivals_in_ascending_order() -> None:
-    for horizons in ([], [-1.0], [float("nan")], [5.0, 1.0]):
+def test_horizons_are_numbers_of_seconds_in_ascending_order() -> None:
+    for horizons_s in ([], [-1.0], [float("nan")], [5.0, 1.0]):
         with pytest.raises(ValueError, match="ascending"):
-            Lookahead("kairos", 6, horizons)
+            Lookahead("kairos", 6, horizons_s)
 
 
 # ---- knowing the future ----
@@ -202,7 +202,7 @@ def test_horizons_are_numbers_of_arrivals_in_ascending_order() -> None:
 @given(seed=st.integers(0, 10**6), base=st.sampled_from(["kairos", "slo_price", "never", "round_robin", "conditional"]))
 def test_with_a_horizon_to_the_end_the_oracle_never_costs_more_than_its_base(seed: int, base: str) -> None:
     case = small_case(seed)
-    oracle = rollout(case.spec, case.workload, f"oracle_lookahead:horizon=inf,base={base}", seed=seed)
+    oracle = rollout(case.spec, case.workload, f"oracle_lookahead:horizon_s=inf,base={base}", seed=seed)
     assert cost(oracle.outcomes) <= cost(rollout(case.spec, case.workload, base, seed=seed).outcomes) + 1e-6
 
 
@@ -212,7 +212,7 @@ def test_it_is_better_than_its_base_where_there_is_something_to_gain() -> None:
         work = requests(seed, 150, 8.0)
         costs = [
             cost(rollout(parse_cluster("2P2D"), work, policy, seed=seed).outcomes)
-            for policy in ("kairos", "oracle_lookahead:horizon=inf,base=kairos")
+            for policy in ("kairos", "oracle_lookahead:horizon_s=inf,base=kairos")
         ]
         gains.append(costs[0] - costs[1])
     assert min(gains) >= 0
@@ -227,7 +227,9 @@ def test_the_oracle_lies_between_the_optimum_by_enumeration_and_its_base(seed: i
         case = Case(TINY, work.first(count), seed)
         sequences = np.array(list(product(range(1 + RULES), repeat=count)))
         optimum = min(played(case, sequences))
-        oracle = cost(rollout(case.spec, case.workload, "oracle_lookahead:horizon=inf,base=kairos", seed=seed).outcomes)
+        oracle = cost(
+            rollout(case.spec, case.workload, "oracle_lookahead:horizon_s=inf,base=kairos", seed=seed).outcomes
+        )
         assert optimum - 1e-9 <= oracle
         assert oracle <= cost(rollout(case.spec, case.workload, "kairos", seed=seed).outcomes) + 1e-9
         if count == 1:
@@ -253,8 +255,8 @@ def played(case: Case, sequences: np.ndarray) -> np.ndarray:
 def test_without_a_horizon_a_choice_or_a_future_it_still_decides() -> None:
     work = requests(2, 12, 1.0)
     for case in (Case(TINY, work, 0), Case(TINY, work.first(1), 0)):
-        for horizon in ("0", "1", "inf"):
-            assert rollout(case.spec, case.workload, f"oracle_lookahead:horizon={horizon}").outcomes.finished.all()
+        for horizon in ("0", "0.1", "inf"):
+            assert rollout(case.spec, case.workload, f"oracle_lookahead:horizon_s={horizon}").outcomes.finished.all()
     mixed = ClusterSpec(nodes=(NodeSpec(role="prefill"), NodeSpec(role="decode", kv_blocks=8)))
     too_long = rollout(mixed, work, "oracle_lookahead")  # Every action but the default route is masked out.
     assert np.any(too_long.outcomes.column(Column.STATUS) == Status.REJECTED)
@@ -265,7 +267,7 @@ def test_without_a_horizon_a_choice_or_a_future_it_still_decides() -> None:
 def test_candidates_are_the_base_decision_and_every_action_that_the_mask_leaves() -> None:
     for case in (Case(parse_cluster("2P2D"), requests(4, 60, 1.0), 4), small_case(1)):
         schema = Schema(2, 2)
-        stepper, teacher = Stepper(1, schema), OracleTeacher("oracle_lookahead:horizon=2", 1, schema)
+        stepper, teacher = Stepper(1, schema), OracleTeacher("oracle_lookahead:horizon_s=0.1", 1, schema)
         stepper.begin([(0, Episode(case.spec, case.spec.facts(), case.workload))])
         while stepper.stages[0] == Stage.DECISION:
             costs = teacher.evaluate(stepper.lanes, 0).costs
@@ -278,7 +280,7 @@ def test_candidates_are_the_base_decision_and_every_action_that_the_mask_leaves(
 
 def test_a_future_given_by_hand_counts_as_the_true_one_does() -> None:
     case = Case(parse_cluster("2P2D"), requests(5, 80, 3.0), 5)
-    run = Run(case, "kairos", 10, TO_THE_END)
+    run = Run(case, "kairos", 0.5, TO_THE_END)
     for _ in range(30):
         assert run.next()
         truth = run.evaluate()
@@ -290,7 +292,7 @@ def test_a_future_given_by_hand_counts_as_the_true_one_does() -> None:
     twice = replace(rest, prompt_tokens=2 * rest.prompt_tokens)
     before = snapshot(world)
     tables, slos = alternative_futures(world, case.workload, [rest, rest.first(0), twice])
-    sampled = Lookahead("kairos", 1 + 2 * RULES, [10, TO_THE_END]).evaluate(world, slos, run.grow, tables)
+    sampled = Lookahead("kairos", 1 + 2 * RULES, [0.5, TO_THE_END]).evaluate(world, slos, run.grow, tables)
     truth = run.evaluate()
     assert sampled.costs.shape == (2 + 2 * RULES, 2, 3)
     np.testing.assert_array_equal(sampled.costs[:, :, 0], truth.costs[:, :, 0])
@@ -323,7 +325,7 @@ def test_a_future_that_the_run_has_no_room_for_is_refused() -> None:
 
 def test_the_oracle_teaches_possible_actions_and_leaves_the_lanes_alone() -> None:
     schema, cases = Schema(2, 2), [small_case(seed) for seed in range(6)]
-    for policy in ("oracle_lookahead:horizon=inf,base=kairos", "oracle_lookahead:horizon=5,base=round_robin"):
+    for policy in ("oracle_lookahead:horizon_s=inf,base=kairos", "oracle_lookahead:horizon_s=1,base=round_robin"):
         stepper, teacher = Stepper(len(cases), schema), OracleTeacher(policy, len(cases), schema)
         stepper.begin(
             (lane, Episode(case.spec, case.spec.facts(), case.workload, seed=case.seed))
@@ -352,14 +354,14 @@ def states(lanes: Lanes) -> list[np.ndarray]:
 
 
 def test_it_is_listed_and_read_like_any_policy() -> None:
-    assert ("oracle_lookahead", "horizon=100, base=slo_price") in [row[:2] for row in describe_policies()]
-    spec = parse_policy("oracle_lookahead:base=kairos,horizon=7")
-    assert (spec.base, spec.parameters) == ("kairos", {"horizon": 7.0})
+    assert ("oracle_lookahead", "horizon_s=2, base=slo_price") in [row[:2] for row in describe_policies()]
+    spec = parse_policy("oracle_lookahead:base=kairos,horizon_s=7")
+    assert (spec.base, spec.parameters) == ("kairos", {"horizon_s": 7.0})
     for text, told in (
         ("oracle_lookahead:base=kairo", "did you mean kairos"),
         ("oracle_lookahead:base=oracle_lookahead", "no analytical rule; those are never"),
-        ("oracle_lookahead:horizon=-1", "horizon is a number from 0 to inf"),
-        ("oracle_lookahead:depth=1", "oracle_lookahead takes horizon, base"),
+        ("oracle_lookahead:horizon_s=-1", "horizon_s is a number from 0 to inf"),
+        ("oracle_lookahead:depth=1", "oracle_lookahead takes horizon_s, base"),
         ("kairos:base=never", "no parameter 'base'; kairos takes alpha, beta"),
     ):
         with pytest.raises(InputError, match=told):
