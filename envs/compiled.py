@@ -79,6 +79,14 @@ if TYPE_CHECKING or numba.config.DISABLE_JIT:
         """The `rows` x `columns` float64 at an address, as an array in C order."""
         return floats_at(address, rows * columns).reshape(rows, columns)
 
+    def bits_of(value: float) -> np.uint64:
+        """The bits of a float64."""
+        return np.float64(value).view(np.uint64)
+
+    def float_of(bits: np.uint64) -> float:
+        """The float64 with these bits."""
+        return float(np.uint64(bits).view(np.float64))
+
 else:
     from numba.core import types
     from numba.np import arrayobj
@@ -105,6 +113,15 @@ else:
             lambda typing, address, rows, columns: (array_type(types.int64, types.int64, types.int64), generate)
         )
 
+    def _cast(source, target):
+        """An intrinsic that takes the bits of one type for those of another."""
+
+        def generate(context, builder, signature, args):
+            return builder.bitcast(args[0], context.get_value_type(target))
+
+        return numba.extending.intrinsic(lambda typing, value: (target(source), generate))
+
+    bits_of, float_of = _cast(types.float64, types.uint64), _cast(types.uint64, types.float64)
     floats_at, ints_at, matrix_at = _view(types.float64, 1), _view(types.int64, 1), _view(types.float64, 2)
 
-__all__ = ["entry", "floats_at", "inner", "ints_at", "matrix_at", "source_hash"]
+__all__ = ["bits_of", "entry", "float_of", "floats_at", "inner", "ints_at", "matrix_at", "source_hash"]

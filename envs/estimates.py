@@ -50,11 +50,16 @@ def own_prefill_s(q: Question, node: int) -> float:
 
 @inner
 def prefill_path_s(q: Question, node: int) -> float:
-    """TTFT by a prefill node as printed (Eq. 1-2): (S / chi) T_p(chi, S / 2) of queue, own prefill, no transfer."""
+    """TTFT by a prefill node as printed (Eq. 1-2): the queue, own prefill, no transfer."""
+    return printed_queue_s(q, node) + own_prefill_s(q, node)
+
+
+@inner
+def printed_queue_s(q: Question, node: int) -> float:
+    """Seconds of a prefill node's queue as printed (Eq. 1): (S / chi) T_p(chi, S / 2)."""
     chunk = min(int(q.nodes[node, BUDGET]), q.prompt_tokens)
     ahead = q.rows[AHEAD, node]
-    queue_s = ahead / chunk * prefill_step_s(q, node, chunk, 0.5 * ahead) if ahead > 0 else 0.0
-    return queue_s + own_prefill_s(q, node)
+    return ahead / chunk * prefill_step_s(q, node, chunk, 0.5 * ahead) if ahead > 0 else 0.0
 
 
 @inner

@@ -7,14 +7,14 @@ import numpy.typing as npt
 
 from deflector.envs.actions import DEFAULT_ACTION
 from deflector.envs.cluster import NodeField, NodeRole
-from deflector.envs.compiled import inner
+from deflector.envs.compiled import bits_of, float_of, inner
 from deflector.envs.estimates import (
     capped_path,
     decode_path_s,
     join_s,
     mixed_step_s,
     own_prefill_s,
-    prefill_path_s,
+    printed_queue_s,
     tbt_limit_s,
     transfer_s,
     wait_on_decode_node_s,
@@ -35,7 +35,16 @@ from deflector.envs.question import (
     holds_more_than_prompt,
     holds_prompt,
 )
-from deflector.envs.schema import CAPS_TOKENS, RATE_WINDOWS_S, RULES, TOP, Cluster, Decode, Prefill, Rule
+from deflector.envs.schema import (
+    CAPS_TOKENS,
+    RATE_WINDOWS_S,
+    RULES,
+    TOP,
+    Cluster,
+    Decode,
+    Prefill,
+    Rule,
+)
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.state import StateRow
@@ -71,6 +80,11 @@ _D_SMALL, _D_SMALL_BREACH = int(Decode.SMALL_TTFT), int(Decode.SMALL_BREACH)
 _JOIN, _PLANNED, _SAFE = int(Rule.JOIN), int(Rule.PLANNED), int(Rule.SAFE)
 _LARGE, _SMALL = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL)
 
+_FRACTION_BITS, _FRACTION, _EXPONENT_OF_ONE = np.uint64(52), np.uint64(0xFFFFFFFFFFFFF), np.uint64(0x3FF << 52)
+# An integer below 2^52 in the fraction of a float64 with this exponent is that float64, less 2^52.
+_EXPONENT_OF_INTEGERS, _INTEGERS_FROM = np.uint64(0x433 << 52), 2.0**52 + 0x3FF
+_ROOT_OF_TWO, _LOG_OF_TWO = math.sqrt(2.0), math.log(2.0)
+
 # What an encoder keeps from one request to the next, in `Question.memory`.
 _LAST_ARRIVAL, _SHORT_COUNT, _SHORT_WORK, _LONG_WORK = range(4)
 
@@ -104,18 +118,19 @@ def encode(
         if q.nodes[node, ROLE] == _DECODE_ONLY:
             continue
         if can_prefill(q, node):
-            alone_s, ahead_s, ttft_s = own_prefill_s(q, node), work_ahead_s(q, node), prefill_path_s(q, node)
+            alone_s, ahead_s = own_prefill_s(q, node), work_ahead_s(q, node)
+            ttft_s = printed_queue_s(q, node) + alone_s
             scratch[node] = alone_s + ahead_s
             own_s, prefill_ttft_s = min(own_s, alone_s), min(prefill_ttft_s, ttft_s)
             prefill_nodes += 1
             if row < first_decode_row:
-                seen[row + _P_PRESENT] = 1.0
-                seen[row + _P_AHEAD] = _folded(ahead_s)
-                seen[row + _P_SHARE] = _folded(ahead_s / slo_s)
-                seen[row + _P_TTFT] = _folded(ttft_s / slo_s) if estimates else 0.0
+                seen[row + _P_PRESENT] = -1.0
+                seen[row + _P_AHEAD] = ahead_s
+                seen[row + _P_SHARE] = ahead_s / slo_s
+                seen[row + _P_TTFT] = ttft_s / slo_s if estimates else 0.0
                 capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
-                seen[row + _P_KV] = min(q.rows[KV_USED, node] / capacity, TOP)
-                seen[row + _P_AGE] = _folded(10.0 * q.rows[_AGE, node])
+                seen[row + _P_KV] = -min(q.rows[KV_USED, node] / capacity, TOP)
+                seen[row + _P_AGE] = 10.0 * q.rows[_AGE, node]
         row += _PREFILL_WIDTH
     decode_ttft_s, decode_nodes, number = np.inf, 0, 0
     for node in range(q.rows.shape[1]):
@@ -131,14 +146,32 @@ def encode(
     _encode_cluster(q, max_output_tokens, slo_s, own_s, prefill_nodes, decode_nodes, seen)
     q.answer[at.D_TTFT_PREFILL], q.answer[at.D_TTFT_DECODE] = prefill_ttft_s, decode_ttft_s
     if estimates:
-        seen[_C_PREFILL_TTFT] = _folded(prefill_ttft_s / slo_s)
-        seen[_C_DECODE_TTFT] = _folded(decode_ttft_s / slo_s)
+        seen[_C_PREFILL_TTFT] = prefill_ttft_s / slo_s
+        seen[_C_DECODE_TTFT] = decode_ttft_s / slo_s
+    _fold(seen)
 
 
 @inner
-def _folded(value: float) -> float:
-    """log(1 + value) for value >= 0, at most TOP."""
-    return min(math.log(1.0 + value), TOP)
+def _fold(seen: Observation) -> None:
+    """Replaces every x >= 0 by log(1 + x), at most TOP, and every x < 0 by -x.
+
+    With a logarithm of its own, exact to a float32: without branches and calls, so that several are taken at once, and
+    with the same bits everywhere.
+    """
+    for k in range(len(seen)):
+        raw = float(seen[k])
+        bits = bits_of(1.0 + raw)
+        exponent = float_of((bits >> _FRACTION_BITS) | _EXPONENT_OF_INTEGERS) - _INTEGERS_FROM
+        fraction = float_of((bits & _FRACTION) | _EXPONENT_OF_ONE)
+        upper = fraction > _ROOT_OF_TWO
+        fraction = 0.5 * fraction if upper else fraction
+        exponent = exponent + 1.0 if upper else exponent
+        t = (fraction - 1.0) / (fraction + 1.0)
+        s = t * t  # log(fraction) = 2 artanh(t), |t| < 0.172
+        series = 2.0 + s * (2 / 3 + s * (2 / 5 + s * (2 / 7 + s * (2 / 9 + s * (2 / 11)))))
+        value = exponent * _LOG_OF_TWO + t * series
+        value = TOP if value > TOP else value
+        seen[k] = -raw if raw < 0.0 else value
 
 
 @inner
@@ -158,15 +191,15 @@ def _encode_cluster(
     q.memory[_SHORT_COUNT] = q.memory[_SHORT_COUNT] * short + 1.0
     q.memory[_SHORT_WORK] = q.memory[_SHORT_WORK] * short + work_s
     q.memory[_LONG_WORK] = q.memory[_LONG_WORK] * long + work_s
-    seen[_C_PROMPT] = _folded(q.prompt_tokens / 1024.0)
-    seen[_C_MAX_OUTPUT] = _folded(max_output_tokens / 1024.0)
-    seen[_C_TTFT_SLO] = _folded(slo_s)
-    seen[_C_TBT_SLO] = _folded(10.0 * min(q.tbt_slo_s, LONGEST_TBT_SLO_S))
-    seen[_C_OWN] = _folded(work_s / slo_s)
-    seen[_C_SHORT] = _folded(q.memory[_SHORT_WORK] / (_SHORT_S * max(prefill_nodes, 1)))
-    seen[_C_LONG] = _folded(q.memory[_LONG_WORK] / (_LONG_S * max(prefill_nodes, 1)))
-    seen[_C_DECODE_RATE] = _folded(q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1)))
-    seen[_C_PREFILLS], seen[_C_DECODES] = _folded(prefill_nodes), _folded(decode_nodes)
+    seen[_C_PROMPT] = q.prompt_tokens / 1024.0
+    seen[_C_MAX_OUTPUT] = max_output_tokens / 1024.0
+    seen[_C_TTFT_SLO] = slo_s
+    seen[_C_TBT_SLO] = 10.0 * min(q.tbt_slo_s, LONGEST_TBT_SLO_S)
+    seen[_C_OWN] = work_s / slo_s
+    seen[_C_SHORT] = q.memory[_SHORT_WORK] / (_SHORT_S * max(prefill_nodes, 1))
+    seen[_C_LONG] = q.memory[_LONG_WORK] / (_LONG_S * max(prefill_nodes, 1))
+    seen[_C_DECODE_RATE] = q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1))
+    seen[_C_PREFILLS], seen[_C_DECODES] = prefill_nodes, decode_nodes
 
 
 @inner
@@ -181,7 +214,10 @@ def _encode_decode_node(
     mask: Mask,
     first_action: int,
 ) -> float:
-    """Writes one node's row and its part of the mask; returns the TTFT predicted there in the planned schedule."""
+    """Writes one node's row and its part of the mask; returns the TTFT predicted there in the planned schedule.
+
+    Before `_fold`: features that are not to be folded are negative.
+    """
     capacity = q.nodes[node, KV_BLOCKS] * q.nodes[node, BLOCK_SIZE]
     promised = q.prompt_tokens + q.rows[INCOMING_TOKENS, node]
     wait_s, limit_s = wait_on_decode_node_s(q, node), tbt_limit_s(q, node, 1.0)
@@ -196,29 +232,29 @@ def _encode_decode_node(
     mask[first_action + _JOIN] = fits and join_ttft_s < np.inf
     mask[first_action + _PLANNED] = mask[first_action + _SAFE] = fits and planned_s < np.inf
     mask[first_action + _LARGE] = mask[first_action + _SMALL] = fits
-    seen[row + _D_PRESENT] = 1.0
-    seen[row + _D_DECODES] = _folded(q.rows[DECODES, node])
-    seen[row + _D_BATCH] = min(q.rows[DECODES, node] / q.nodes[node, _MAX_SEQS], TOP)
-    seen[row + _D_KV] = min(q.rows[KV_USED, node] / capacity, TOP)
-    seen[row + _D_KV_AFTER] = min((q.rows[KV_USED, node] + promised) / capacity, TOP)
-    seen[row + _D_INCOMING] = _folded(q.rows[INCOMING, node])
-    seen[row + _D_DEFLECTED] = _folded(q.rows[DEFLECTED, node])
-    seen[row + _D_WAIT] = _folded(wait_s)
-    seen[row + _D_WAIT_SHARE] = _folded(wait_s / slo_s)
-    seen[row + _D_STRICTEST] = _folded(10.0 * strictest_s)
-    seen[row + _D_AGE] = _folded(10.0 * q.rows[_AGE, node])
+    seen[row + _D_PRESENT] = -1.0
+    seen[row + _D_DECODES] = q.rows[DECODES, node]
+    seen[row + _D_BATCH] = -min(q.rows[DECODES, node] / q.nodes[node, _MAX_SEQS], TOP)
+    seen[row + _D_KV] = -min(q.rows[KV_USED, node] / capacity, TOP)
+    seen[row + _D_KV_AFTER] = -min((q.rows[KV_USED, node] + promised) / capacity, TOP)
+    seen[row + _D_INCOMING] = q.rows[INCOMING, node]
+    seen[row + _D_DEFLECTED] = q.rows[DEFLECTED, node]
+    seen[row + _D_WAIT] = wait_s
+    seen[row + _D_WAIT_SHARE] = wait_s / slo_s
+    seen[row + _D_STRICTEST] = 10.0 * strictest_s
+    seen[row + _D_AGE] = 10.0 * q.rows[_AGE, node]
     if estimates:
         more = 1 + int(q.rows[INCOMING, node])
-        seen[row + _D_STEP] = _folded(mixed_step_s(q, node, 0, 0, 0) / strictest_s)
-        seen[row + _D_STEP_AFTER] = _folded(mixed_step_s(q, node, 0, promised, more) / strictest_s)
-        seen[row + _D_JOIN] = _folded(join_ttft_s / slo_s)
-        seen[row + _D_PLANNED] = _folded((wait_s + planned_s) / slo_s)
-        seen[row + _D_FEASIBLE] = 1.0 if planned_s < np.inf else 0.0
-        seen[row + _D_OCCUPIED] = _folded(planned_s)
+        seen[row + _D_STEP] = mixed_step_s(q, node, 0, 0, 0) / strictest_s
+        seen[row + _D_STEP_AFTER] = mixed_step_s(q, node, 0, promised, more) / strictest_s
+        seen[row + _D_JOIN] = join_ttft_s / slo_s
+        seen[row + _D_PLANNED] = (wait_s + planned_s) / slo_s
+        seen[row + _D_FEASIBLE] = -1.0 if planned_s < np.inf else 0.0
+        seen[row + _D_OCCUPIED] = planned_s
         large_s, large_breaches = capped_path(q, node, _LARGE_TOKENS, limit_s)
         small_s, small_breaches = capped_path(q, node, _SMALL_TOKENS, limit_s)
-        seen[row + _D_LARGE] = _folded((wait_s + large_s) / slo_s)
-        seen[row + _D_LARGE_BREACH] = min(large_breaches / STEPS_TO_LOSE_TBT, 1.0)
-        seen[row + _D_SMALL] = _folded((wait_s + small_s) / slo_s)
-        seen[row + _D_SMALL_BREACH] = min(small_breaches / STEPS_TO_LOSE_TBT, 1.0)
+        seen[row + _D_LARGE] = (wait_s + large_s) / slo_s
+        seen[row + _D_LARGE_BREACH] = -min(large_breaches / STEPS_TO_LOSE_TBT, 1.0)
+        seen[row + _D_SMALL] = (wait_s + small_s) / slo_s
+        seen[row + _D_SMALL_BREACH] = -min(small_breaches / STEPS_TO_LOSE_TBT, 1.0)
     return wait_s + planned_s

@@ -39,21 +39,36 @@ class Ledger(NamedTuple):
     Attributes:
         counts: (LEDGER_COUNTS,) int64: see `OPEN`, `SEEN_CLOSED`, `FIRST`, `BEHIND`.
         heap: (num_requests, 3) float64: (deadline, request, slot) of requests before their TTFT deadline, a heap.
+        settled: (num_requests, len(Settled)) float64: the first SETTLED rows tell of the requests that have ended.
         slos: (num_requests, 3) float64: TTFT SLO, TBT SLO, max_output_tokens.
         costs: (len(Cost),) float64, added to.
     """
 
     counts: IntArray
     heap: FloatArray
+    settled: FloatArray
     slos: FloatArray
     costs: FloatArray
 
 
-# Ledger.counts: length of the heap, closed requests looked at, and the requests that count: FIRST <= number < BEHIND.
-OPEN, SEEN_CLOSED, FIRST, BEHIND = range(4)
-LEDGER_COUNTS = 4
+class Settled(IntEnum):
+    """Columns of `Ledger.settled`: what became of a request that counts."""
+
+    REQUEST = 0
+    ATTAINED = 1
+    TTFT_S = 2
+    """inf without a first token."""
+    TBT_P99_S = 3
+    """nan without two tokens."""
+
+
+# Ledger.counts: length of the heap, closed requests looked at, those of them that count, and which ones do: FIRST <=
+# number < BEHIND.
+OPEN, SEEN_CLOSED, SETTLED, FIRST, BEHIND = range(5)
+LEDGER_COUNTS = 5
 SLO_TTFT, SLO_TBT, SLO_MAX_OUTPUT = range(3)
 
+_REQUEST, _ATTAINED, _TTFT_S, _TBT_P99_S = (int(column) for column in Settled)
 _TTFT, _TBT, _WAITING = int(Cost.TTFT), int(Cost.TBT), int(Cost.WAITING)
 _FIRST_TOKEN, _STATUS, _P99 = int(Column.FIRST_TOKEN_S), int(Column.STATUS), int(Column.TBT_P99_S)
 _FINISHED = int(Status.FINISHED)
@@ -78,13 +93,17 @@ def open_account(w: World, ledger: Ledger, slot: int) -> None:
 @inner
 def settle(w: World, ledger: Ledger, now_s: float) -> None:
     """Adds the cost of everything that has been settled by now."""
-    # Not `deadline <= now_s`: rounded otherwise, a first token could come in time after its lack has been charged.
-    while ledger.counts[OPEN] > 0 and not _in_time(w, ledger, int(ledger.heap[0, 1]), now_s):
+    # Not by the deadline alone: it is rounded, and a first token could come in time after its lack has been charged.
+    while ledger.counts[OPEN] > 0 and ledger.heap[0, 0] <= now_s:
         request, slot = int(ledger.heap[0, 1]), int(ledger.heap[0, 2])
+        if _in_time(w, ledger, request, now_s) and now_s < np.inf:
+            break
         _pop(ledger)
         _pay_at_deadline(w, ledger, request, slot)
     for k in range(ledger.counts[SEEN_CLOSED], w.i[at.H_NUM_CLOSED]):
-        _pay_at_end(w, ledger, int(w.requests[k, at.CLOSED]))
+        request = int(w.requests[k, at.CLOSED])
+        if ledger.counts[FIRST] <= request < ledger.counts[BEHIND]:
+            _note(w, ledger, request, _pay_at_end(w, ledger, request))
     ledger.counts[SEEN_CLOSED] = w.i[at.H_NUM_CLOSED]
 
 
@@ -127,9 +146,8 @@ def _pay_at_deadline(w: World, ledger: Ledger, request: int, slot: int) -> None:
 
 
 @inner
-def _pay_at_end(w: World, ledger: Ledger, request: int) -> None:
-    if request < ledger.counts[FIRST] or request >= ledger.counts[BEHIND]:
-        return
+def _pay_at_end(w: World, ledger: Ledger, request: int) -> bool:
+    """Returns whether the request has attained its SLOs."""
     first_token_s, p99_s = w.requests[request, _FIRST_TOKEN], w.requests[request, _P99]
     ratio = _ratio(w, ledger, request, first_token_s)
     if ratio > 1.0:
@@ -140,6 +158,17 @@ def _pay_at_end(w: World, ledger: Ledger, request: int) -> None:
     if not attained and w.requests[request, at.CHARGED] == 0.0:
         w.requests[request, at.CHARGED] = 1.0
         ledger.costs[_TBT] += 1.0
+    return attained
+
+
+@inner
+def _note(w: World, ledger: Ledger, request: int, attained: bool) -> None:
+    row = ledger.counts[SETTLED]
+    ledger.counts[SETTLED] = row + 1
+    ttft_s = w.requests[request, _FIRST_TOKEN] - w.requests[request, at.IN_ARRIVAL]
+    ledger.settled[row, _REQUEST], ledger.settled[row, _ATTAINED] = request, attained
+    ledger.settled[row, _TTFT_S] = np.inf if np.isnan(ttft_s) else ttft_s
+    ledger.settled[row, _TBT_P99_S] = w.requests[request, _P99]
 
 
 @inner

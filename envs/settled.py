@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from deflector.envs.lanes import Lanes
-from deflector.envs.outcome import Column, Outcomes
-from deflector.envs.simulator import layout as at
+from deflector.envs.rewards import Settled
+
+_REQUEST, _ATTAINED, _TTFT_S, _TBT_P99_S = (int(column) for column in Settled)
 
 
 def ended_requests(lanes: Lanes, lane: int, known: int) -> tuple[dict[str, Any], int]:
@@ -14,21 +15,15 @@ def ended_requests(lanes: Lanes, lane: int, known: int) -> tuple[dict[str, Any],
 
     Returns:
         `request` (n,) int64, `attained` (n,) bool, `ttft_s` and `tbt_p99_s` (n,) float64, or nothing if n is 0; and how
-        many requests have ended in all.
+        many have ended in all.
     """
-    world = lanes.world(lane)
-    count = int(world.i[at.H_NUM_CLOSED])
-    numbers = world.requests[known:count, at.CLOSED].astype(np.int64)
-    first, behind = lanes.counted(lane)
-    numbers = numbers[(numbers >= first) & (numbers < behind)]
-    if not len(numbers):
-        return {}, count
-    o = lanes.outcomes(lane)
-    ended = Outcomes(o.arrival_s[numbers], o.ttft_slo_s[numbers], o.tbt_slo_s[numbers], o.table[numbers])
+    ended = lanes.settled(lane, known)
+    if not len(ended):
+        return {}, known
     settled = {
-        "request": numbers,
-        "attained": ended.attained,
-        "ttft_s": ended.ttft_s,
-        "tbt_p99_s": ended.column(Column.TBT_P99_S),
+        "request": ended[:, _REQUEST].astype(np.int64),
+        "attained": ended[:, _ATTAINED] != 0.0,
+        "ttft_s": ended[:, _TTFT_S].copy(),
+        "tbt_p99_s": ended[:, _TBT_P99_S].copy(),
     }
-    return settled, count
+    return settled, known + len(ended)

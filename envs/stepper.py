@@ -16,6 +16,10 @@ from deflector.envs.simulator.layout import DECISION_LENGTH, FloatArray, IntArra
 from deflector.envs.stepping import Batch, step_lanes
 from deflector.envs.workload import Workload
 
+# Reading a member off its enumeration takes a microsecond.
+_EMPTY, _DECISION = int(Stage.EMPTY), int(Stage.DECISION)
+_GROW_SLOTS, _GROW_LOG, _CUT = int(Stage.GROW_SLOTS), int(Stage.GROW_LOG), int(Stage.CUT)
+
 
 class Stepper:
     """A number of lanes that are played on together.
@@ -35,7 +39,7 @@ class Stepper:
         schema: Schema,
         *,
         threads: int = 1,
-        play: Callable[[Batch, IntArray, int, int], None] = step_lanes,
+        play: Callable[[Batch, IntArray, int, int], int] = step_lanes,
     ) -> None:
         """Lanes without episodes.
 
@@ -92,7 +96,7 @@ class Stepper:
 
     def reward_after_cut(self, lane: int) -> float:
         """What of the last step's reward was settled after the time limit; 0 for a lane that did not reach it."""
-        if self.stages[lane] != Stage.CUT:
+        if self.stages[lane] != _CUT:
             return 0.0
         return float(self.lanes.f[lane, COST_BEFORE_CUT] - self.lanes.costs[lane].sum())
 
@@ -100,8 +104,8 @@ class Stepper:
         """Carries out an action in every lane that is at a decision, and plays it on; costs are those of this step."""
         self._turn = 1 - self._turn
         self.lanes.costs.fill(0.0)
-        self._play_shares(actions)
-        self._grow()
+        if self._play_shares(actions):
+            self._grow()
 
     def begin(self, episodes: Iterable[tuple[int, Episode]]) -> None:
         """Puts new episodes into lanes and plays them to their first decisions; the other lanes stay where they are.
@@ -116,7 +120,7 @@ class Stepper:
     def _grow(self) -> None:
         """Gives the lanes that ask for it more room, and plays them on, until none asks."""
         while True:
-            wanting = np.flatnonzero((self.stages == Stage.GROW_SLOTS) | (self.stages == Stage.GROW_LOG))
+            wanting = np.flatnonzero((self.stages == _GROW_SLOTS) | (self.stages == _GROW_LOG))
             if not len(wanting):
                 return
             for lane in wanting.tolist():
@@ -125,22 +129,21 @@ class Stepper:
 
     def _play_ready(self) -> None:
         """Plays the lanes that are READY on, and no other."""
-        at_decision = self.stages == Stage.DECISION
-        self.stages[at_decision] = Stage.EMPTY
+        at_decision = self.stages == _DECISION
+        self.stages[at_decision] = _EMPTY
         self._play_shares(self._idle)
-        self.stages[at_decision] = Stage.DECISION
+        self.stages[at_decision] = _DECISION
 
-    def _play_shares(self, actions: IntArray) -> None:
+    def _play_shares(self, actions: IntArray) -> int:
+        """Plays all lanes; returns how many of them are not at a decision afterwards."""
         batches = self._batches[self._turn]
         if self._pool is None:
-            self._play(batches[0], actions, 0, len(self.lanes))
-            return
+            return self._play(batches[0], actions, 0, len(self.lanes))
         tasks = [
             self._pool.submit(self._play, batch, actions, *share)
             for batch, share in zip(batches, self._shares, strict=True)
         ]
-        for task in tasks:
-            task.result()
+        return sum(task.result() for task in tasks)
 
     def close(self) -> None:
         """Lets the threads go."""

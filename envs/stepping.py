@@ -15,6 +15,7 @@ from deflector.envs.lanes import (
     ELAPSED,
     INVALID,
     IS_CUT,
+    NOW,
     PREFILL_PATH_S,
     STAGE,
     Lane,
@@ -76,16 +77,21 @@ class Batch(NamedTuple):
 
 
 @entry
-def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> None:
+def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> int:
     """Plays lanes [start, stop) on: those at a decision with their action, those that are READY without one.
 
     Afterwards each of them is at its next decision, over, or in need of larger arrays. An action that is masked out is
     replaced by the default route. At the end of an episode that was cut, `seen` holds the decision after its last; at
     the end of one that was played out, zeros.
+
+    Returns:
+        How many of them are not at a decision.
     """
+    elsewhere = 0
     for lane in range(start, stop):
         stage = b.lane_i[lane, STAGE]
         if stage != _READY and stage != _DECISION:
+            elsewhere += 1
             continue
         x = lane_at(b.table, lane)
         if stage == _DECISION:
@@ -94,7 +100,10 @@ def step_lanes(b: Batch, actions: IntArray, start: int, stop: int) -> None:
             b.lane_i[lane, INVALID] = invalid
             b.lane_f[lane, DECIDED_AT] = x.world.f[at.G_NOW]
             answer_action(question_at(b, x, b.no_parameters), DEFAULT_ACTION if invalid else action)
-        b.lane_i[lane, STAGE] = play_on(b, lane, x, stage == _DECISION)
+        stage = play_on(b, lane, x, stage == _DECISION)
+        b.lane_i[lane, STAGE] = stage
+        elsewhere += stage != _DECISION
+    return elsewhere
 
 
 @inner
@@ -145,7 +154,7 @@ def _look(b: Batch, lane: int, x: Lane) -> None:
     """Notes what is new at a decision of the agent."""
     now_s = x.world.f[at.G_NOW]
     settle(x.world, x.ledger, now_s)
-    b.lane_f[lane, ELAPSED] = now_s - b.lane_f[lane, DECIDED_AT]
+    b.lane_f[lane, ELAPSED], b.lane_f[lane, NOW] = now_s - b.lane_f[lane, DECIDED_AT], now_s
     b.lane_f[lane, PREFILL_PATH_S] = b.answer[at.D_TTFT_PREFILL]
     b.lane_f[lane, DECODE_PATH_S] = b.answer[at.D_TTFT_DECODE]
 
@@ -154,6 +163,7 @@ def _look(b: Batch, lane: int, x: Lane) -> None:
 def _end(b: Batch, lane: int, x: Lane) -> int:
     """Settles what is left; returns the lane's last stage."""
     settle_all(x.world, x.ledger)
+    b.lane_f[lane, NOW] = x.world.f[at.G_NOW]
     if b.lane_i[lane, IS_CUT]:
         return _CUT
     b.lane_f[lane, ELAPSED] = x.world.f[at.G_NOW] - b.lane_f[lane, DECIDED_AT]

@@ -19,6 +19,10 @@ from deflector.envs.scenarios import Scenarios, read_settings
 from deflector.envs.simulator.layout import FloatArray, IntArray
 from deflector.envs.stepper import Stepper
 
+# Reading a member off its enumeration takes a microsecond.
+_DECISION, _OVER, _CUT = int(Stage.DECISION), int(Stage.OVER), int(Stage.CUT)
+_PARTS = tuple(part.name.lower() for part in Cost)
+
 
 class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
     """N copies of `DeflectionEnv`, each with its own cluster, requests and load, stepped together.
@@ -112,7 +116,7 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
             if seeds[lane] is not None:
                 self._generators[lane], _ = gymnasium.utils.seeding.np_random(seeds[lane])
         self._begin(lanes, seeds)
-        self._ready = bool((self._stepper.stages == Stage.DECISION).all())
+        self._ready = bool((self._stepper.stages == _DECISION).all())
         return self._observation(), self._info()
 
     def step(
@@ -134,19 +138,15 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
         if not self._ready:
             raise RuntimeError("not every lane has a request that waits to be routed: call reset() first")
         stepper.step(self._checked(actions))
-        terminated, truncated = stepper.stages == Stage.OVER, stepper.stages == Stage.CUT
-        rewards = 0.0 - stepper.lanes.costs.sum(axis=1)
+        terminated, truncated = stepper.stages == _OVER, stepper.stages == _CUT
         info = self._info()
-        ended = np.flatnonzero(terminated | truncated).tolist()
-        for lane in ended:
-            first, behind = stepper.lanes.counted(lane)
-            attained = stepper.lanes.outcomes(lane).attained[first:behind]
-            final = {"slo_attainment": float(attained.mean()), "requests": behind - first}
-            final["reward_after_cut"] = stepper.reward_after_cut(lane)
-            info = self._add_info(info, {"final_obs": stepper.seen[lane].copy(), "final_info": final}, lane)
-        if ended:
+        parts = info["reward_parts"]
+        rewards = parts["ttft"] + parts["tbt"] + parts["waiting"]
+        ended = terminated | truncated
+        if ended.any():
+            info |= self._final(ended)
             self._ready = False
-            self._begin(ended, [None] * self.num_envs)
+            self._begin(np.flatnonzero(ended).tolist(), [None] * self.num_envs)
             self._ready = True
             info |= self._at_hand()
         return self._observation(), rewards, terminated, truncated, info
@@ -189,6 +189,18 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
         """Lets the threads go."""
         self._stepper.close()
 
+    def _final(self, ended: Mask) -> dict[str, Any]:
+        """What is told of the episodes that have ended, as Gymnasium has it."""
+        stepper, count = self._stepper, self.num_envs
+        seen, requests = np.full(count, None, object), np.zeros(count, np.int64)
+        attainment, after_cut = np.zeros(count), np.zeros(count)
+        for lane in np.flatnonzero(ended).tolist():
+            seen[lane], after_cut[lane] = stepper.seen[lane].copy(), stepper.reward_after_cut(lane)
+            attainment[lane], requests[lane] = stepper.lanes.attained(lane)
+        final: dict[str, Any] = {"slo_attainment": attainment, "requests": requests, "reward_after_cut": after_cut}
+        final |= {f"_{name}": ended for name in final}
+        return {"final_obs": seen, "_final_obs": ended, "final_info": final, "_final_info": ended}
+
     def _begin(self, lanes: Iterable[int], seeds: list[int | None]) -> None:
         scenarios, generators = self.scenarios, self._generators
         self._stepper.begin((lane, scenarios.draw(generators[lane], seeds[lane])) for lane in lanes)
@@ -202,7 +214,7 @@ class DeflectionVectorEnv(VectorEnv[Observation, IntArray, Any]):
         info: dict[str, Any] = {
             "elapsed_s": self._stepper.elapsed_s.copy(),
             "invalid_action": self._stepper.invalid,
-            "reward_parts": self._holding({part.name.lower(): costs[:, part] for part in Cost}),
+            "reward_parts": self._holding({name: costs[:, part] for part, name in enumerate(_PARTS)}),
         }
         return self._holding(info) | self._at_hand()
 

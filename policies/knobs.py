@@ -75,14 +75,19 @@ class Control(NamedTuple):
 
 
 @entry
-def play_interval(b: Batch, control: Control, start: int, stop: int) -> None:
+def play_interval(b: Batch, control: Control, start: int, stop: int) -> int:
     """Plays lanes [start, stop) on with their knobs, each to its first decision at or after its `until_s`.
 
     Afterwards each is at that decision, whose observation is written, over, or in need of larger arrays.
+
+    Returns:
+        How many of them are not at a decision.
     """
+    elsewhere = 0
     for lane in range(start, stop):
         stage = b.lane_i[lane, STAGE]
         if stage != _READY and stage != _DECISION:
+            elsewhere += 1
             continue
         x = lane_at(b.table, lane)
         while True:
@@ -96,3 +101,5 @@ def play_interval(b: Batch, control: Control, start: int, stop: int) -> None:
                 break
             stage = play_on(b, lane, x, stage == _DECISION)
         b.lane_i[lane, STAGE] = stage
+        elsewhere += stage != _DECISION
+    return elsewhere

@@ -103,8 +103,8 @@ class DeflectionTuningEnv(gymnasium.Env[Observation, Action]):
         self._no_actions = np.zeros(1, np.int64)
         self._renderer = Renderer(render_mode, self.metadata["render_fps"]) if render_mode is not None else None
 
-    def _play(self, batch: Batch, actions: at.IntArray, start: int, stop: int) -> None:
-        play_interval(batch, self._control, start, stop)
+    def _play(self, batch: Batch, actions: at.IntArray, start: int, stop: int) -> int:
+        return play_interval(batch, self._control, start, stop)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -8,7 +8,8 @@ iterations, from which the gaps between tokens are read when a request finishes.
 Links between slots are slot numbers, -1 ends a list.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +126,13 @@ FAULT_KINDS = ("die", "return", "slow", "silence", "speak")
 FAULT_DIE, FAULT_RETURN, FAULT_SLOW, FAULT_SILENCE, FAULT_SPEAK = range(5)
 
 
+Room = Callable[[str, int, Any], npt.NDArray[Any]]
+
+
+def _zeros(name: str, items: int, dtype: Any) -> npt.NDArray[Any]:
+    return np.zeros(items, dtype)
+
+
 def new_world(
     spec: ClusterSpec,
     facts: ClusterFacts,
@@ -134,6 +142,7 @@ def new_world(
     count_from_s: float,
     slots: int = 256,
     log_entries: int = 4096,
+    room: Room = _zeros,
 ) -> World:
     """Builds the arrays of a run that has not begun.
 
@@ -145,6 +154,8 @@ def new_world(
         count_from_s: Requests that arrive earlier leave no trace in the pooled gaps between tokens.
         slots: Requests that may be alive before the arrays must grow.
         log_entries: Length of the log before it must grow; pages of it that are never written take no memory.
+        room: Where the arrays come from: called with a name, a number of items and a type of 8 bytes. That of the log
+            must be zero.
 
     Raises:
         ValueError: If the workload has too many different TBT SLOs, aborts before arrivals, or columns of wrong length.
@@ -167,15 +178,17 @@ def new_world(
     aborted = aborted[np.argsort(workload.abort_s[aborted], kind="stable")]
     tbt_classes = tree + 2 * leaves + top
     aborts = tbt_classes + len(class_tbt_s) + faults.size
-    slots_f = aborts + 2 * len(aborted)
+    slots_f, slots_i = aborts + 2 * len(aborted), dirty + num_nodes
 
-    i = np.zeros(dirty + num_nodes, np.int64)
-    i[H_NUM_NODES], i[H_NODE_STRIDE], i[H_SLOT0_I], i[H_SLOT0_F] = num_nodes, stride, len(i), slots_f
+    i = room("i", slots_i + slots * SLOT_I, np.int64)
+    i.fill(0)
+    i[H_NUM_NODES], i[H_NODE_STRIDE], i[H_SLOT0_I], i[H_SLOT0_F] = num_nodes, stride, slots_i, slots_f
     i[H_TREE], i[H_LEAVES], i[H_TOP], i[H_DIRTY] = tree, leaves, tree + 2 * leaves, dirty
     i[H_TBT_CLASSES], i[H_NUM_TBT_CLASSES] = tbt_classes, len(class_tbt_s)
     i[H_FAULTS], i[H_NUM_FAULTS] = tbt_classes + len(class_tbt_s), len(in_order)
     i[H_ABORTS], i[H_NUM_ABORTS] = aborts, len(aborted)
-    i[H_FREE_SLOT] = i[H_UNDECIDED] = i[H_CURRENT] = -1
+    i[H_UNDECIDED] = i[H_CURRENT] = -1
+    _link_slots(i, 0, slots, -1)
     i[H_RETRY], i[H_SEED] = spec.on_death == "retry", seed & 0x7FFFFFFFFFFFFFFF
     i[H_COUNT_FROM] = int(np.searchsorted(workload.arrival_s, count_from_s))
     nodes = i[HEADER_I:dirty].reshape(num_nodes, stride)
@@ -183,24 +196,36 @@ def new_world(
     nodes[:, ALIVE], nodes[:, FREE_BLOCKS] = 1, facts.nodes[:, NodeField.KV_BLOCKS]
     nodes[:, BLOCK_SHIFT] = np.log2(facts.nodes[:, NodeField.BLOCK_SIZE])  # shifts are faster than divisions
 
-    f = np.zeros(slots_f)
+    f = room("f", slots_f + slots * SLOT_F, np.float64)
+    f.fill(0.0)
     f[G_REPORT_INTERVAL], f[G_REPORT_LOSS], f[G_NEXT_TRANSFER] = spec.report_interval_s, spec.report_loss, np.inf
     f[tree : tree + 2 * leaves] = np.inf
     f[tbt_classes : i[H_FAULTS]], f[i[H_FAULTS] : aborts] = class_tbt_s, faults.ravel()
-    f[aborts::2], f[aborts + 1 :: 2] = workload.abort_s[aborted], aborted
+    f[aborts:slots_f:2], f[aborts + 1 : slots_f : 2] = workload.abort_s[aborted], aborted
     nodes_f = f[HEADER_F:tree].reshape(num_nodes, NODE_F)
     nodes_f[:, SLOWNESS], nodes_f[:, SEEN_TBT] = facts.nodes[:, NodeField.SLOWNESS], np.inf
     nodes_f[:, REPORT_DUE] = np.arange(num_nodes) / num_nodes * spec.report_interval_s
 
-    requests = np.full((len(workload), REQUEST_WIDTH), np.nan)
+    requests = room("requests", len(workload) * REQUEST_WIDTH, np.float64).reshape(len(workload), REQUEST_WIDTH)
+    requests.fill(np.nan)
     for column in (Column.STATUS, Column.TOKENS, Column.PREEMPTIONS, CHARGED):
         requests[:, column] = 0
     requests[:, IN_ARRIVAL], requests[:, IN_PROMPT] = workload.arrival_s, workload.prompt_tokens
     requests[:, IN_OUTPUT], requests[:, IN_TBT_CLASS] = workload.output_tokens, tbt_class
     requests[:, IN_ABORT] = workload.abort_s if len(workload.abort_s) else np.inf
     cache, prefixes = _new_cache(facts, workload, i)
-    log = np.zeros((log_entries, LOG_WIDTH))
-    return _with_slots(World(f, i, log, requests, facts.nodes, facts.tables, cache, prefixes), slots)
+    tables = np.zeros(2 * slots * int(i[H_BLOCK_TABLE_WIDTH]), np.int64)
+    log = room("log", log_entries * LOG_WIDTH, np.float64).reshape(log_entries, LOG_WIDTH)
+    cache = np.concatenate([cache, tables])
+    return World(f, i, log, requests, facts.nodes, facts.tables, cache, prefixes)
+
+
+def _link_slots(i: IntArray, first: int, behind: int, last: int) -> None:
+    """Puts the array's last slots, [first, behind), before the free ones, the first of which is `last`."""
+    links = i[int(i[H_SLOT0_I]) + first * SLOT_I + NEXT :: SLOT_I]
+    links[:] = np.arange(first + 1, behind + 1)
+    links[-1] = last
+    i[H_FREE_SLOT], i[H_SLOTS] = first, behind
 
 
 def _tbt_classes(tbt_slo_s: FloatArray) -> tuple[FloatArray, IntArray | int]:
@@ -262,9 +287,6 @@ def _with_slots(world: World, more: int) -> World:
     i = np.zeros(len(world.i) + more * SLOT_I, np.int64)
     f = np.zeros(len(world.f) + more * SLOT_F)
     i[: len(world.i)], f[: len(world.f)] = world.i, world.f
-    links = i[len(world.i) + NEXT :: SLOT_I]
-    links[:] = np.arange(old + 1, old + more + 1)
-    links[-1] = i[H_FREE_SLOT]
-    i[H_FREE_SLOT], i[H_SLOTS] = old, old + more
+    _link_slots(i, old, old + more, int(i[H_FREE_SLOT]))
     tables = np.zeros(2 * more * int(i[H_BLOCK_TABLE_WIDTH]), np.int64)
     return world._replace(f=f, i=i, cache=np.concatenate([world.cache, tables]))
