@@ -52,8 +52,8 @@ def test_demonstrations_are_repeatable_and_come_back_as_they_were(shown: Demonst
 
 def test_the_oracle_can_be_a_teacher() -> None:
     env = DeflectionVectorEnv(4, copy=False, workload="high_prefill_low_decode", rate_rps=12.0, max_decisions=24)
-    settings = WarmStart(teacher="oracle_lookahead:horizon=8", decisions=150)
-    found = demonstrate(env, "oracle_lookahead:horizon=8", settings, np.random.SeedSequence(1))
+    settings = WarmStart(teacher="oracle_lookahead:horizon_s=0.5", decisions=150)
+    found = demonstrate(env, "oracle_lookahead:horizon_s=0.5", settings, np.random.SeedSequence(1))
     assert found.masks[np.arange(150), found.actions].all()
     assert len(np.unique(found.actions)) >= 3
 
