@@ -25,7 +25,7 @@ def deflector(*arguments: str | Path, stdout: int = subprocess.PIPE) -> subproce
     """A process of its own."""
     command = [sys.executable, "-m", "deflector", *map(str, arguments)]
     wide = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=400, env=wide)
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=900, env=wide)
 
 
 @pytest.fixture(name="refused")
@@ -197,7 +197,7 @@ def test_help_teaches(arguments: str, words: list[str]) -> None:
 
 def test_help_waits_for_no_heavy_library() -> None:
     script = "import sys; from deflector.cli import run; run(['train', '--help']); print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
     assert "usage" in result.stdout
     heavy = {"numba", "torch", "stable_baselines3", "wandb", "matplotlib", "pydantic"}
     assert heavy & {*result.stdout.split()} == set()

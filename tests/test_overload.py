@@ -111,7 +111,7 @@ def test_an_overload_loses_nothing_and_stays_within_its_arrays(tmp_path: Path) -
     # Compiled anew, about a minute: only so does every index come with a check.
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
     process = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=570, check=False
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.endswith("conserved\n")
