@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from deflector.envs.question import MEMORY
 from deflector.envs.simulator import layout as at
@@ -68,7 +70,7 @@ class Lookahead:
         self._num_candidates = 1 + num_actions
         self._memory, self._decided, self._played = np.zeros(MEMORY), np.zeros(MEMORY), np.zeros(MEMORY)
         self._answer = np.zeros(at.DECISION_LENGTH)
-        self._fork: World | None = None
+        self._room: tuple[npt.NDArray[Any], ...] = ()
 
     def forget(self) -> None:
         """Begins anew with another run."""
@@ -111,11 +113,12 @@ class Lookahead:
         return Evaluation(costs, decisions, int(nearest[0]))
 
     def _fork_of(self, world: World) -> World:
-        fork = self._fork
-        if fork is None or len(fork.f) != len(world.f) or len(fork.cache) != len(world.cache):
-            fork = world._replace(f=np.empty_like(world.f), i=np.empty_like(world.i), cache=np.empty_like(world.cache))
-            self._fork = fork
-        return fork
+        """The run's arrays, but with room of its own for those that a copy of makes a fork."""
+        copied = (world.f, world.i, world.cache)
+        if [len(array) for array in self._room] != [len(array) for array in copied]:
+            self._room = tuple(np.empty_like(array) for array in copied)
+        f, i, cache = self._room
+        return world._replace(f=f, i=i, cache=cache)
 
 
 def true_slos(workload: Workload) -> FloatArray:

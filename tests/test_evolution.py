@@ -13,7 +13,7 @@ from deflector.envs.lanes import Episode
 from deflector.envs.scenarios import Scenarios
 from deflector.policies.registry import parse_policy
 from deflector.policies.rollout import rollout
-from deflector.training.evolution import Generation, evolve
+from deflector.training.evolution import Generation, _miss_rate, evolve
 from deflector.training.train import train
 from deflector.training.train_config import TrainConfig, read_config
 from deflector.training.train_flags import Train
@@ -75,7 +75,7 @@ def test_one_parameter_alone_can_be_searched() -> None:
     assert evolve(config("evolution.policy=least_ttft", "decisions=4000")).startswith("least_ttft:beta=")
 
 
-def test_the_command_names_the_policy_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_the_command_names_the_policy_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = Train(out=str(tmp_path / "run"), set=(*SMALL, "decisions=10000"))
     result = train(flags, Console(file=StringIO(), width=120))
     assert parse_policy(result["policy"]).name == "slo_price"
@@ -84,6 +84,14 @@ def test_the_command_names_the_policy_and_goes_on_after_a_kill(tmp_path: Path) -
     lines = curve.read_text().splitlines(keepends=True)
     assert len(lines) >= 2
     curve.write_text("".join(lines[:-1]))
+    played: list[str] = []
+
+    def counted(policy: str, episodes: list[Episode]) -> float:
+        played.append(policy)
+        return _miss_rate(policy, episodes)
+
+    monkeypatch.setattr("deflector.training.evolution._miss_rate", counted)
     again = train(Train(resume=str(tmp_path / "run")), Console(file=StringIO(), width=120))
     assert again["policy"] == result["policy"]
     assert curve.read_text() == "".join(lines)
+    assert len(played) == 6  # the last generation alone

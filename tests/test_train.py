@@ -166,6 +166,27 @@ def test_it_stops_early_when_nothing_improves(tmp_path: Path) -> None:
     assert result["best"]["decisions"] == 0
 
 
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    trained(tmp_path / "run", "validation.patience=2", "on_policy.learning_rate=1e-12", decisions=100_000)
+    before = exports(tmp_path / "run")
+    result = train(Train(resume=str(tmp_path / "run")), Console(file=StringIO()))
+    assert exports(tmp_path / "run") == before
+    assert result["decisions"] < 2000
+
+
+def test_training_that_diverges_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training diverged before .* lower on_policy.learning_rate"):
+        trained(tmp_path / "run", "on_policy.learning_rate=1e38", "on_policy.epochs=1")
+
+
+def test_a_configuration_changed_under_its_checkpoints_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "run", decisions=512)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("width: 8", "width: 16"))
+    with pytest.raises(InputError, match=r"of width 8 .* config.yaml says width 16"):
+        train(Train(resume=str(tmp_path / "run")), Console(file=StringIO()))
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c"])
 def test_sb3s_other_algorithms_learn_behind_the_same_command(algorithm: str, tmp_path: Path) -> None:
     result, text = trained(tmp_path / "run", algorithm=algorithm, decisions=512)
@@ -197,6 +218,9 @@ def test_a_critics_warm_up_leaves_the_actor_as_it_was(tmp_path: Path) -> None:
         (["--resume", "nowhere"], "--resume nowhere: no run there"),
         (["--resume", "nowhere", "--seed", "3"], "a run keeps its own configuration"),
         (["--algorithm", "dqn"], "maskable_ppo"),
+        (["--set", "algorithm=evolution", "evolution.policy=never"], "never has no parameters"),
+        (["--set", "validation.policies=['learned:nowhere']"], "nowhere"),
+        (["--set", "validation.cells=[{load: 0.5}, {slo_tbt_s: 0.5}]"], "two are called '0.5'"),
         (["--set", "warm_start.demonstrations=nowhere.safetensors"], "demonstrations nowhere.safetensors"),
     ],
 )

@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 
+from deflector.envs.errors import InputError
 from deflector.envs.observation import Observation
 from deflector.envs.schema import Schema
 from deflector.training.imitation import first_seed
@@ -69,14 +70,24 @@ class Curve(KVWriter):
     """SB3's figures into a run's learning curve; not those of time, which differ from run to run."""
 
     def __init__(self, folder: RunFolder) -> None:
-        """Writes to a run's folder."""
+        """Writes to a run's folder; rows that a full disk refuses are kept for the next time."""
         self._folder = folder
+        self._waiting: list[tuple[int, dict[str, float]]] = []
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Adds a row."""
         figures = {key: float(value) for key, value in sorted(key_values.items()) if _is_figure(key, value)}
         if figures:
-            self._folder.note(step, figures)
+            self._waiting.append((step, figures))
+        try:
+            while self._waiting:
+                self._folder.note(*self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            warnings.warn(
+                f"{self._folder.curve}: {error.strerror}: the run goes on and tries again: free some space",
+                stacklevel=1,
+            )
 
     def close(self) -> None:
         """Nothing is open."""
@@ -119,11 +130,17 @@ class Keeper(BaseCallback):
         self.validated: Validated | None = None
         self._folder, self._validator = folder, validator
         self._export, self._report, self._watch = export, report, watch
-        self._stop, self._validated_at, self._kept_at = False, -1 if at.best is None else at.decisions, at.decisions
+        self._validated_at, self._kept_at = -1 if at.best is None else at.decisions, at.decisions
+        self._stop = self.has_stopped
 
     def _on_rollout_start(self) -> None:
         config, decisions = self._folder.config, self.num_timesteps
         self._watch(decisions)
+        if not all(bool(parameter.isfinite().all()) for parameter in self._network.parameters()):
+            raise InputError(
+                f"training diverged before {decisions:,} decisions (a weight is not finite): begin a new run with a "
+                f"lower on_policy.learning_rate; {self._folder.path} keeps what came before"
+            )
         if self._validated_at < 0 or _crossed(self._validated_at, decisions, config.validation.every_decisions):
             self._validate()
         if self._stop:
@@ -147,6 +164,16 @@ class Keeper(BaseCallback):
         if self._kept_at != self.num_timesteps:
             self._keep(final=True)
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether nothing has improved for as long as the configuration waits."""
+        patience = self._folder.config.validation.patience
+        return patience is not None and self.at.since_best >= patience
+
+    def attainment_at(self, decisions: int) -> float | None:
+        """Mean SLO attainment of the validation after so many decisions; None if there was none."""
+        return self.validated.attainment if self.validated and self._validated_at == decisions else None
+
     def _begin_segment(self) -> None:
         """The same from here on, whatever came before."""
         config = self._folder.config
@@ -165,28 +192,31 @@ class Keeper(BaseCallback):
         self.at = replace(self.at, decisions=self.num_timesteps)
         if self.at.best is None or found.attainment > self.at.best:
             self.at = replace(self.at, best=found.attainment, best_decisions=self.num_timesteps, since_best=0)
-            self._export(self._network, self.at, "best")
+            self._guard("best", lambda: self._export(self._network, self.at, "best"))
         else:
             self.at = replace(self.at, since_best=self.at.since_best + 1)
         for name, value in found.figures().items():
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
         self._report(found, self.at)
-        patience = self._folder.config.validation.patience
-        self._stop = patience is not None and self.at.since_best >= patience
+        self._stop = self.has_stopped
 
     def _keep(self, final: bool = False) -> None:
         self.at = replace(self.at, decisions=self.num_timesteps)
         self._kept_at = self.num_timesteps
         self.logger.dump(self.num_timesteps)  # what the last update left to be written
+        self._guard("latest", lambda: self._export(self._network, self.at, "latest"), final)
+        self._guard("checkpoint", lambda: self._folder.keep(self._model, self.at), final)
+
+    def _guard(self, what: str, write: Callable[[], None], final: bool = False) -> None:
+        """A full disk does not end a run that has more to come."""
         try:
-            self._folder.keep(self._model, self.at)
-            self._export(self._network, self.at, "latest")
+            write()
         except OSError as error:
             if final:
                 raise
             warnings.warn(
-                f"checkpoint at {self.num_timesteps:,} decisions not written: {error.filename or self._folder.path}: "
+                f"{what} at {self.num_timesteps:,} decisions not written: {error.filename or self._folder.path}: "
                 f"{error.strerror}: the run goes on and tries again at the next one: free some space",
                 stacklevel=1,
             )

@@ -88,7 +88,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: str) -> "RunFolder":
-        """The folder of a run that was stopped; figures later than its newest checkpoint leave the curve.
+        """The folder of a run that was stopped.
 
         Raises:
             InputError: If there is none.
@@ -100,10 +100,7 @@ class RunFolder:
             identity = str(json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))["id"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--resume {path}: its run.json is missing or damaged: begin a new run") from error
-        folder = cls(Path(path), read_config(str(config), []), identity)
-        newest = folder.newest()
-        folder._cut_curve(newest[1].decisions if newest else 0)
-        return folder
+        return cls(Path(path), read_config(str(config), []), identity)
 
     def newest(self) -> tuple[Path, Progressed] | None:
         """The last complete checkpoint's .zip with where the run stood; None before the first."""
@@ -123,8 +120,8 @@ class RunFolder:
         archive = self.checkpoints / f"step_{at.decisions:012d}.zip"
         buffer = io.BytesIO()
         model.save(buffer)
+        write_json(archive.with_suffix(".json"), asdict(at))  # first: a .zip is never without it
         write_atomically(archive, buffer.getvalue())
-        write_json(archive.with_suffix(".json"), asdict(at))
         for note in sorted(self.checkpoints.glob("step_*.json"))[:-CHECKPOINTS_KEPT]:
             note.unlink()
             note.with_suffix(".zip").unlink(missing_ok=True)
@@ -147,6 +144,7 @@ class RunFolder:
                     found.append(json.loads(line))
         return found
 
-    def _cut_curve(self, decisions: int) -> None:
+    def cut_curve(self, decisions: int) -> None:
+        """Takes out figures later than where the run goes on; -1 for all."""
         rows = [row for row in self.rows() if row["decisions"] <= decisions]
         write_atomically(self.curve, "".join(json.dumps(row) + "\n" for row in rows))

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -163,7 +164,9 @@ def _learn(
     model = make_model(config, env, lanes.schema)
     network = network_of(cast(Any, model.policy))
     newest = folder.newest()
+    folder.cut_curve(newest[1].decisions if newest else -1)
     if newest is not None:
+        _check_fit(newest[1], config, newest[0])
         model.set_parameters(read_parameters(newest[0]), device="cpu")
         model.num_timesteps = newest[1].decisions
         at = newest[1]
@@ -174,17 +177,20 @@ def _learn(
         sizes = (config.network.width, schema.estimates, schema.prefill_nodes, schema.decode_nodes)
         at = Progressed(0, config.seed, *sizes)
 
+    teacher = prepared.shown.teacher if prepared.shown else config.warm_start.teacher
+
     def export(network: EquivariantNetwork, at: Progressed, name: str) -> None:
         provenance: dict[str, object] = {
             "algorithm": config.algorithm,
             "decisions": at.decisions,
             "seed": config.seed,
-            "slo_attainment": keeper.validated.attainment if keeper.validated else None,
+            "slo_attainment": keeper.attainment_at(at.decisions),
+            "teacher": teacher,
             "config": config.model_dump(mode="json"),
         }
         export_policy(network, lanes.schema, folder.path / name, provenance)
         if name == "best":
-            tracker.artifact(folder.path / name, f"policy-{folder.identity}", ["best", "latest"], provenance)
+            tracker.artifact(folder.path / name, f"policy-{folder.identity}", ["best"], provenance)
 
     keeper = Keeper(
         folder,
@@ -197,17 +203,26 @@ def _learn(
     model.set_logger(Logger(None, [Curve(folder), TrackerOutput(tracker, start_step=at.decisions)]))
     progress.begin("training", total=config.decisions, done=at.decisions)
     begun_s = time.perf_counter()
-    if at.decisions < config.decisions:
+    if at.decisions < config.decisions and not keeper.has_stopped:
         callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s), keeper])
         model.learn(config.decisions - at.decisions, callback=callbacks, reset_num_timesteps=newest is None)
     progress.end()
     env.close()
-    trained = model.num_timesteps - at.decisions
+    trained = keeper.at.decisions - at.decisions
     rate = trained / (time.perf_counter() - begun_s) if trained else None
     validated = keeper.validated or prepared.validator.judge(network)
     assert keeper.at.best is not None
     best = (keeper.at.best, keeper.at.best_decisions)
-    return Trained(f"learned:{folder.path / 'best'}", model.num_timesteps, validated, best, rate)
+    return Trained(f"learned:{folder.path / 'best'}", keeper.at.decisions, validated, best, rate)
+
+
+def _check_fit(at: Progressed, config: TrainConfig, archive: Path) -> None:
+    """Refuses a configuration that was changed under its checkpoints."""
+    if (at.width, at.estimates) != (config.network.width, config.estimates):
+        raise InputError(
+            f"checkpoint {archive}: of width {at.width} with estimates={at.estimates}, and config.yaml says width "
+            f"{config.network.width} with estimates={config.estimates}: put config.yaml back, or begin a new run"
+        )
 
 
 def make_lanes(config: TrainConfig) -> DeflectionVectorEnv:

@@ -32,7 +32,7 @@ class OnPolicy(_Section):
 
     n_steps: Natural = 64
     """Decisions of each lane between two updates."""
-    batch_size: Natural = 2048
+    batch_size: Annotated[int, Field(ge=2)] = 2048
     """Decisions of one gradient step."""
     epochs: Natural = 4
     """Passes over the decisions of an update."""
@@ -111,7 +111,7 @@ class Evolution(_Section):
     """Candidates of a generation."""
     episodes: Natural = 12
     """That all candidates of a generation play."""
-    sigma: Positive = 0.4
+    sigma: Annotated[float, Field(gt=0, le=5)] = 0.4
     """Width of the first generation, as a factor exp(sigma)."""
 
 
@@ -146,7 +146,13 @@ class TrainConfig(_Section):
     def _names_exist(self) -> "TrainConfig":
         for name in self.validation.policies:
             parse_policy(name)
-        parse_analytical(self.evolution.policy)
+        if not parse_analytical(self.evolution.policy).parameters and self.algorithm == "evolution":
+            raise ValueError(f"evolution.policy: {self.evolution.policy} has no parameters: choose such as slo_price")
+        if self.rollout_decisions % self.on_policy.batch_size == 1:
+            raise ValueError(
+                "on_policy.batch_size: leaves a batch of one decision over: choose a divisor of "
+                f"lanes * n_steps, {self.rollout_decisions}"
+            )
         teacher = self.warm_start.teacher
         if teacher is not None and parse_policy(teacher).info.kind != "oracle":
             parse_analytical(teacher)

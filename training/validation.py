@@ -18,6 +18,7 @@ from deflector.envs.scenarios import Scenarios, ScenarioSettings, read_settings
 from deflector.envs.schema import Schema
 from deflector.envs.simulator.layout import IntArray
 from deflector.envs.stepper import Stepper
+from deflector.policies.policy import policy_key
 from deflector.policies.rollout import rollout
 from deflector.training.network import EquivariantNetwork
 from deflector.training.settings import read_seeds
@@ -110,12 +111,16 @@ class Validator:
             scenarios = _cell(config, change)
             generator = np.random.default_rng(0)
             name = " ".join(str(value) for value in change.values()) or "scenario"
+            if name in self.episodes:
+                raise InputError(f"validation.cells: two are called '{name}': give each a value that the others lack")
             self.episodes[name] = [scenarios.draw(generator, seed) for seed in seeds]
             sizes.append((scenarios.prefill_nodes, scenarios.decode_nodes))
         self._flat = [episode for episodes in self.episodes.values() for episode in episodes]
         self.schema = Schema(max(p for p, _ in sizes), max(d for _, d in sizes), config.estimates)
         self._network = EquivariantNetwork(self.schema.prefill_nodes, self.schema.decode_nodes, config.network.width)
         self._policies = config.validation.policies
+        for policy in self._policies:
+            policy_key(policy)  # a learned one's files are read now, not after hours
         self._others: dict[str, tuple[CellScore, ...]] | None = None
 
     def judge(self, network: EquivariantNetwork) -> Validated:
