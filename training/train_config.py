@@ -12,6 +12,7 @@ from deflector.envs.scenarios import ScenarioSettings
 from deflector.policies.registry import parse_analytical, parse_policy
 
 Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Natural = Annotated[int, Field(ge=1)]
 
@@ -36,7 +37,7 @@ class OnPolicy(_Section):
     """Decisions of one gradient step."""
     epochs: Natural = 4
     """Passes over the decisions of an update."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Rate = 1e-3
     """At the beginning; it falls linearly to a tenth."""
     horizon_s: Positive = 5.0
     """What happens so many seconds later counts 1/e of what happens now."""
@@ -70,7 +71,7 @@ class WarmStart(_Section):
     the teacher's alone."""
     epochs: Natural = 6
     """Passes over them."""
-    learning_rate: Positive = 2e-3
+    learning_rate: Rate = 2e-3
     """Of the imitation."""
 
     @model_validator(mode="after")
