@@ -136,11 +136,7 @@ class Keeper(BaseCallback):
     def _on_rollout_start(self) -> None:
         config, decisions = self._folder.config, self.num_timesteps
         self._watch(decisions)
-        if not all(bool(parameter.isfinite().all()) for parameter in self._network.parameters()):
-            raise InputError(
-                f"training diverged before {decisions:,} decisions (a weight is not finite): begin a new run with a "
-                f"lower on_policy.learning_rate; {self._folder.path} keeps what came before"
-            )
+        self.check_finite()
         if self._validated_at < 0 or _crossed(self._validated_at, decisions, config.validation.every_decisions):
             self._validate()
         if self._stop:
@@ -163,6 +159,18 @@ class Keeper(BaseCallback):
             self._validate()
         if self._kept_at != self.num_timesteps:
             self._keep(final=True)
+
+    def check_finite(self) -> None:
+        """Ends a run whose network has become useless.
+
+        Raises:
+            InputError: If a weight is not finite.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self._network.parameters()):
+            raise InputError(
+                f"training diverged before {self.num_timesteps:,} decisions (a weight is not finite): begin a new run "
+                f"with a lower on_policy.learning_rate; {self._folder.path} keeps what came before"
+            )
 
     @property
     def has_stopped(self) -> bool:

@@ -205,7 +205,11 @@ def _learn(
     begun_s = time.perf_counter()
     if at.decisions < config.decisions and not keeper.has_stopped:
         callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s), keeper])
-        model.learn(config.decisions - at.decisions, callback=callbacks, reset_num_timesteps=newest is None)
+        try:
+            model.learn(config.decisions - at.decisions, callback=callbacks, reset_num_timesteps=newest is None)
+        except ValueError:  # what torch's distributions say to logits that are not finite
+            keeper.check_finite()
+            raise
     progress.end()
     env.close()
     trained = keeper.at.decisions - at.decisions
