@@ -9,6 +9,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def main() -> None:
         figures["environment_share" if name == "ppo" else f"{name}_environment_share"] = statistics.median(shares)
         cells = [f"{f(values):,.0f}" for values in rates.values() for f in (statistics.median, min, max)]
         table.add_row(words, *cells, f"{ratio:.2f}", f"{statistics.median(shares):.1%}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)  # a pipe has no width
     console.print(table)
     if options.json:
         about = {"lanes": options.lanes, "rounds": options.rounds, "threads": options.threads}
