@@ -62,7 +62,9 @@ else:
 
 def _interpreted_view(kind: type[ctypes.c_double] | type[ctypes.c_int64], address: int, count: int) -> npt.NDArray[Any]:
     """What the views below are where nothing is compiled (NUMBA_DISABLE_JIT=1)."""
-    return np.ctypeslib.as_array((kind * count).from_address(address)) if count else np.empty(0, np.dtype(kind))
+    if not count:
+        return np.empty(0, np.dtype(kind))
+    return np.ctypeslib.as_array((kind * int(count)).from_address(int(address)))
 
 
 if TYPE_CHECKING or numba.config.DISABLE_JIT:

@@ -1,6 +1,8 @@
 """`deflector/Deflection-v0` as Gymnasium and SB3 want it, and as `deflector evaluate` has it."""
 
 import copy
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -231,6 +233,25 @@ def test_a_copy_goes_its_own_way(duplicate: Any) -> None:
     for (seen, reward), (other_seen, other_reward) in zip(*futures, strict=True):
         np.testing.assert_array_equal(seen, other_seen)
         assert reward == other_reward
+
+
+def test_without_a_compiler_it_plays_the_same() -> None:
+    program = f"""
+import json
+from deflector.envs.deflection import DeflectionEnv
+env = DeflectionEnv(**{SMALL | {"max_decisions": 5}!r})
+steps = [env.reset(seed=3)[0].tolist()]
+while not (step := env.step(1))[3]:
+    steps.append([*step[0].tolist(), step[1]])
+print(json.dumps(steps))
+"""
+    uncompiled = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=uncompiled, check=True)
+    env = DeflectionEnv(**SMALL | {"max_decisions": 5})
+    steps = [env.reset(seed=3)[0].tolist()]
+    while not (step := env.step(1))[3]:
+        steps.append([*step[0].tolist(), step[1]])
+    assert json.loads(done.stdout) == steps
 
 
 # ---- misuse ----

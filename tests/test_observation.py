@@ -138,6 +138,13 @@ def test_rates_fade_with_their_time_constants() -> None:
     assert again[Cluster.DECODE_RATE] == pytest.approx(math.log1p(1 / 20))
 
 
+def test_features_are_folded_as_exactly_as_a_float32_can_be() -> None:
+    state, request = small_case()
+    encoder, limits = Encoder(schema_of(state.facts)), [0, *np.geomspace(1, 2**62, 400).astype(np.int64).tolist()]
+    folded = [encoder.encode(state, replace(request, max_output_tokens=most))[0][Cluster.MAX_OUTPUT] for most in limits]
+    np.testing.assert_allclose(folded, np.minimum(np.log1p(np.array(limits) / 1024), TOP), rtol=2.5e-7, atol=0)
+
+
 def small_case() -> tuple[ClusterState, Request]:
     """1P1D: 3,000 prompt tokens ahead on the prefill node; 8 sequences with 4,000 KV tokens on the decode node."""
     facts = parse_cluster("1P1D").facts()
