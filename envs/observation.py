@@ -20,6 +20,7 @@ from deflector.envs.estimates import (
     wait_on_decode_node_s,
     work_ahead_s,
 )
+from deflector.envs.prices import PRICE, SPREAD, STEPS_TO_LOSE_TBT, chunk_harm, join_harm, own_cost, queue_price
 from deflector.envs.question import (
     BLOCK_SIZE,
     DECODES,
@@ -34,11 +35,13 @@ from deflector.envs.question import (
     can_prefill,
     holds_more_than_prompt,
     holds_prompt,
+    least_loaded_decode_node,
 )
 from deflector.envs.schema import (
     CAPS_TOKENS,
     RATE_WINDOWS_S,
     RULES,
+    SAFE_SHARE,
     TOP,
     Cluster,
     Decode,
@@ -52,8 +55,6 @@ from deflector.envs.state import StateRow
 Observation = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-STEPS_TO_LOSE_TBT = 2.0
-"""A request of a few hundred tokens loses its P99 with its second or third late step."""
 LONGEST_TTFT_SLO_S, LONGEST_TBT_SLO_S = 600.0, 60.0
 
 _AGE, _MAX_SEQS = int(StateRow.AGE_S), int(NodeField.MAX_SEQS)
@@ -67,6 +68,7 @@ _C_TBT_SLO, _C_OWN, _C_SHORT = int(Cluster.TBT_SLO), int(Cluster.OWN_PREFILL), i
 _C_LONG, _C_DECODE_RATE = int(Cluster.WORK_RATE_LONG), int(Cluster.DECODE_RATE)
 _C_PREFILL_TTFT, _C_DECODE_TTFT = int(Cluster.PREFILL_TTFT), int(Cluster.DECODE_TTFT)
 _C_PREFILLS, _C_DECODES = int(Cluster.PREFILL_NODES), int(Cluster.DECODE_NODES)
+_C_DEFAULT = int(Cluster.DEFAULT_COST)
 _P_PRESENT, _P_AHEAD, _P_SHARE = int(Prefill.PRESENT), int(Prefill.AHEAD), int(Prefill.AHEAD_SHARE)
 _P_TTFT, _P_KV, _P_AGE = int(Prefill.TTFT), int(Prefill.KV_USED), int(Prefill.AGE)
 _D_PRESENT, _D_DECODES, _D_BATCH = int(Decode.PRESENT), int(Decode.DECODES), int(Decode.BATCH_SHARE)
@@ -77,6 +79,7 @@ _D_STEP_AFTER, _D_JOIN, _D_PLANNED = int(Decode.STEP_AFTER), int(Decode.JOIN_TTF
 _D_FEASIBLE, _D_OCCUPIED = int(Decode.FEASIBLE), int(Decode.OCCUPIED)
 _D_LARGE, _D_LARGE_BREACH = int(Decode.LARGE_TTFT), int(Decode.LARGE_BREACH)
 _D_SMALL, _D_SMALL_BREACH = int(Decode.SMALL_TTFT), int(Decode.SMALL_BREACH)
+_D_COSTS = int(Decode.JOIN_COST)
 _JOIN, _PLANNED, _SAFE = int(Rule.JOIN), int(Rule.PLANNED), int(Rule.SAFE)
 _LARGE, _SMALL = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL)
 
@@ -110,7 +113,7 @@ def encode(
     for k in range(len(mask)):
         mask[k] = False
     mask[DEFAULT_ACTION] = True
-    own_s, prefill_ttft_s, prefill_nodes, row = np.inf, np.inf, 0, _WIDTH
+    own_s, prefill_ttft_s, prefill_nodes, row, usual = np.inf, np.inf, 0, _WIDTH, -1
     slo_s = min(q.ttft_slo_s, LONGEST_TTFT_SLO_S)
     room = (len(mask) - 1) // RULES
     first_decode_row = len(seen) - room * _DECODE_WIDTH
@@ -121,7 +124,9 @@ def encode(
             alone_s, ahead_s = own_prefill_s(q, node), work_ahead_s(q, node)
             ttft_s = printed_queue_s(q, node) + alone_s
             scratch[node] = alone_s + ahead_s
-            own_s, prefill_ttft_s = min(own_s, alone_s), min(prefill_ttft_s, ttft_s)
+            own_s = min(own_s, alone_s)
+            if ttft_s < prefill_ttft_s:
+                prefill_ttft_s, usual = ttft_s, node
             prefill_nodes += 1
             if row < first_decode_row:
                 seen[row + _P_PRESENT] = -1.0
@@ -132,22 +137,26 @@ def encode(
                 seen[row + _P_KV] = -min(q.rows[KV_USED, node] / capacity, TOP)
                 seen[row + _P_AGE] = 10.0 * q.rows[_AGE, node]
         row += _PREFILL_WIDTH
-    decode_ttft_s, decode_nodes, number = np.inf, 0, 0
+    decode_nodes = 0
+    for node in range(q.rows.shape[1]):
+        decode_nodes += can_decode(q, node)
+    _count_arrival(q, own_s)
+    rate_rps = q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1))
+    decode_ttft_s, number = np.inf, 0
     for node in range(q.rows.shape[1]):
         if q.nodes[node, ROLE] == _PREFILL_ONLY:
             continue
-        if can_decode(q, node):
-            decode_nodes += 1
-            if number < room:
-                row = first_decode_row + number * _DECODE_WIDTH
-                ttft_s = _encode_decode_node(q, node, slo_s, estimates, scratch, seen, row, mask, 1 + number * RULES)
-                decode_ttft_s = min(decode_ttft_s, ttft_s)
+        if can_decode(q, node) and number < room:
+            row, action = first_decode_row + number * _DECODE_WIDTH, 1 + number * RULES
+            ttft_s = _encode_decode_node(q, node, slo_s, rate_rps, estimates, scratch, seen, row, mask, action)
+            decode_ttft_s = min(decode_ttft_s, ttft_s)
         number += 1
     _encode_cluster(q, max_output_tokens, slo_s, own_s, prefill_nodes, decode_nodes, seen)
     q.answer[at.D_TTFT_PREFILL], q.answer[at.D_TTFT_DECODE] = prefill_ttft_s, decode_ttft_s
     if estimates:
         seen[_C_PREFILL_TTFT] = prefill_ttft_s / slo_s
         seen[_C_DECODE_TTFT] = decode_ttft_s / slo_s
+        seen[_C_DEFAULT] = _default_cost(q, usual, scratch)
     _fold(seen)
 
 
@@ -175,6 +184,28 @@ def _fold(seen: Observation) -> None:
 
 
 @inner
+def _count_arrival(q: Question, own_s: float) -> None:
+    """Adds an arrival to the recent rates, and the seconds of prefill that it brings."""
+    work_s = own_s if own_s < np.inf else 0.0
+    passed_s = q.now_s - q.memory[_LAST_ARRIVAL]
+    short, long = math.exp(-passed_s / _SHORT_S), math.exp(-passed_s / _LONG_S)
+    q.memory[_LAST_ARRIVAL] = q.now_s
+    q.memory[_SHORT_COUNT] = q.memory[_SHORT_COUNT] * short + 1.0
+    q.memory[_SHORT_WORK] = q.memory[_SHORT_WORK] * short + work_s
+    q.memory[_LONG_WORK] = q.memory[_LONG_WORK] * long + work_s
+
+
+@inner
+def _default_cost(q: Question, source: int, scratch: FloatArray) -> float:
+    """Of the default route, by way of the prefill node that the paper prints as the soonest."""
+    target = least_loaded_decode_node(q, source)
+    if source < 0 or target < 0:
+        return np.inf
+    ttft_s = scratch[source] + transfer_s(q, source, target) + join_s(q, target)
+    return own_cost(q, ttft_s, SPREAD) + join_harm(q, target)
+
+
+@inner
 def _encode_cluster(
     q: Question,
     max_output_tokens: int,
@@ -184,18 +215,11 @@ def _encode_cluster(
     decode_nodes: int,
     seen: Observation,
 ) -> None:
-    work_s = own_s if own_s < np.inf else 0.0
-    passed_s = q.now_s - q.memory[_LAST_ARRIVAL]
-    short, long = math.exp(-passed_s / _SHORT_S), math.exp(-passed_s / _LONG_S)
-    q.memory[_LAST_ARRIVAL] = q.now_s
-    q.memory[_SHORT_COUNT] = q.memory[_SHORT_COUNT] * short + 1.0
-    q.memory[_SHORT_WORK] = q.memory[_SHORT_WORK] * short + work_s
-    q.memory[_LONG_WORK] = q.memory[_LONG_WORK] * long + work_s
     seen[_C_PROMPT] = q.prompt_tokens / 1024.0
     seen[_C_MAX_OUTPUT] = max_output_tokens / 1024.0
     seen[_C_TTFT_SLO] = slo_s
     seen[_C_TBT_SLO] = 10.0 * min(q.tbt_slo_s, LONGEST_TBT_SLO_S)
-    seen[_C_OWN] = work_s / slo_s
+    seen[_C_OWN] = own_s / slo_s if own_s < np.inf else 0.0
     seen[_C_SHORT] = q.memory[_SHORT_WORK] / (_SHORT_S * max(prefill_nodes, 1))
     seen[_C_LONG] = q.memory[_LONG_WORK] / (_LONG_S * max(prefill_nodes, 1))
     seen[_C_DECODE_RATE] = q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1))
@@ -207,6 +231,7 @@ def _encode_decode_node(
     q: Question,
     node: int,
     slo_s: float,
+    rate_rps: float,
     estimates: bool,
     scratch: FloatArray,
     seen: Observation,
@@ -257,4 +282,32 @@ def _encode_decode_node(
         seen[row + _D_LARGE_BREACH] = -min(large_breaches / STEPS_TO_LOSE_TBT, 1.0)
         seen[row + _D_SMALL] = (wait_s + small_s) / slo_s
         seen[row + _D_SMALL_BREACH] = -min(small_breaches / STEPS_TO_LOSE_TBT, 1.0)
+        _encode_costs(q, node, rate_rps, wait_s, planned_s, join_ttft_s, seen, row + _D_COSTS)
     return wait_s + planned_s
+
+
+@inner
+def _encode_costs(
+    q: Question,
+    node: int,
+    rate_rps: float,
+    wait_s: float,
+    planned_s: float,
+    join_ttft_s: float,
+    seen: Observation,
+    first: int,
+) -> None:
+    """Writes the predicted cost of each of a decode node's actions (`deflector.envs.prices`)."""
+    harm, limit_s = join_harm(q, node), tbt_limit_s(q, node, SAFE_SHARE)
+    seen[first + _JOIN] = own_cost(q, join_ttft_s, SPREAD) + harm
+    for rule in range(_PLANNED, RULES):
+        occupied_s, breaches = planned_s, 0.0
+        if rule == _SAFE:
+            occupied_s = decode_path_s(q, node, limit_s)
+        elif rule == _LARGE:
+            occupied_s, breaches = capped_path(q, node, _LARGE_TOKENS, limit_s)
+        elif rule == _SMALL:
+            occupied_s, breaches = capped_path(q, node, _SMALL_TOKENS, limit_s)
+        price = PRICE * queue_price(q, rate_rps, wait_s, occupied_s)
+        own = own_cost(q, wait_s + occupied_s, SPREAD)
+        seen[first + rule] = own + price + chunk_harm(q, node, breaches) + harm

@@ -53,6 +53,8 @@ class Cluster(IntEnum):
     """log(1 + healthy nodes that may prefill)."""
     DECODE_NODES = 11
     """log(1 + healthy nodes that may decode)."""
+    DEFAULT_COST = 12
+    """log(1 + cost) of the default route, see `deflector.envs.prices`."""
 
 
 class Prefill(IntEnum):
@@ -117,6 +119,16 @@ class Decode(IntEnum):
     """log(1 + TTFT / SLO) in chunks of `CAPS_TOKENS[1]`."""
     SMALL_BREACH = 20
     """Share of a P99 TBT loss that those chunks cost its sequences."""
+    JOIN_COST = 21
+    """log(1 + cost) if another node prefills, see `deflector.envs.prices`; TOP if there is none."""
+    PLANNED_COST = 22
+    """The same if it prefills in the largest chunks that keep the TBT SLOs; TOP if there are none."""
+    SAFE_COST = 23
+    """The same if it prefills in the largest chunks that keep within SAFE_SHARE of the TBT SLOs."""
+    LARGE_COST = 24
+    """The same in chunks of `CAPS_TOKENS[0]`, held against SAFE_SHARE of the TBT SLOs."""
+    SMALL_COST = 25
+    """The same in chunks of `CAPS_TOKENS[1]`."""
 
 
 class Rule(IntEnum):
@@ -136,10 +148,13 @@ class Rule(IntEnum):
 
 RULES = len(Rule)
 
-CLUSTER_ESTIMATES = (Cluster.PREFILL_TTFT, Cluster.DECODE_TTFT)
+CLUSTER_ESTIMATES = (Cluster.PREFILL_TTFT, Cluster.DECODE_TTFT, Cluster.DEFAULT_COST)
 PREFILL_ESTIMATES = (Prefill.TTFT,)
 DECODE_ESTIMATES = tuple(feature for feature in Decode if feature >= Decode.STEP)
 """Features that are the analytical model's own predictions, zero where they are switched off."""
+
+RULE_COSTS = slice(Decode.JOIN_COST, Decode.SMALL_COST + 1)
+"""A decode node's features that are the costs of its actions, in the order of `Rule`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +185,7 @@ class Schema:
     def meaning(self) -> dict[str, object]:
         """All that a policy depends on but the number of nodes, in words and numbers that go into JSON."""
         return {
-            "version": 1,
+            "version": 2,
             "cluster": [feature.name.lower() for feature in Cluster],
             "prefill": [feature.name.lower() for feature in Prefill],
             "decode": [feature.name.lower() for feature in Decode],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deflector.envs.errors import InputError
+from deflector.envs.prices import PRICE, SPREAD
 from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.state import CHUNK_CANDIDATES
 
@@ -65,8 +66,8 @@ POLICIES: dict[str, PolicyInfo] = {
     "slo_price": PolicyInfo(
         SLO_PRICE,
         {
-            "price": (0.8, 0, 1e6),
-            "spread": (0.15, 1e-3, 10),
+            "price": (PRICE, 0, 1e6),
+            "spread": (SPREAD, 1e-3, 10),
             "beta": (0.9, 0.01, 10),
         },
         "least predicted SLO misses, the arriving request's and everybody else's",

@@ -47,7 +47,7 @@ def make_model(config: TrainConfig, env: DeflectionVecEnv, schema: Schema) -> On
         "ent_coef": settings.entropy_weight,
         "vf_coef": settings.value_weight,
         "max_grad_norm": settings.max_grad_norm,
-        "policy_kwargs": {"schema": schema, "width": config.network.width},
+        "policy_kwargs": {"schema": schema, **config.network.model_dump()},
         "stats_window_size": EPISODES_AVERAGED,
         "seed": config.seed,
         "device": "cpu",

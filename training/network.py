@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from deflector.envs.schema import RULES, Cluster, Decode, Prefill, Schema
+from deflector.envs.schema import RULE_COSTS, RULES, Cluster, Decode, Prefill, Schema
 
 _WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
 
@@ -23,19 +23,23 @@ class EquivariantNetwork(nn.Module):
 
     With `width` H, rectified: a prefill node is encoded as p = L(L(row) + L(cluster)), a decode node likewise as d; the
     context is (cluster, mean p, max p, mean d, max d) over the nodes that are there, and g = L(context). A decode
-    node's logits are L(L(d) + L(g)), one per rule; the default route's is L(g); the value is L(L(context)).
+    node's logits are L(L(d) + L(g)), one per rule; the default route's is L(g); the value is L(L(context)). From each
+    logit the action's predicted cost is taken, times a learned weight: so the network begins near the policy
+    `slo_price`, and learns what to correct in it.
     """
 
-    def __init__(self, prefill_nodes: int, decode_nodes: int, width: int) -> None:
-        """Layers with orthogonal weights; those of the logits are small, so that a fresh policy is nearly uniform.
+    def __init__(self, prefill_nodes: int, decode_nodes: int, width: int, cost_weight: float = 0.0) -> None:
+        """Layers with orthogonal weights; those of the logits are small, so that a fresh policy goes by costs alone.
 
         Args:
             prefill_nodes: Rows for nodes that may prefill in an observation.
             decode_nodes: Rows for nodes that may decode.
             width: Units of each hidden layer.
+            cost_weight: What the predicted costs are multiplied with at first; with 0 a fresh policy is nearly uniform.
         """
         super().__init__()
         self.prefill_nodes, self.decode_nodes = prefill_nodes, decode_nodes
+        self._first_decode = _WIDTH + prefill_nodes * _PREFILL_WIDTH
         context = _WIDTH + 4 * width
         self.prefill_rows = nn.Linear(_PREFILL_WIDTH, width, bias=False)
         self.prefill_cluster = nn.Linear(_WIDTH, width)
@@ -48,6 +52,7 @@ class EquivariantNetwork(nn.Module):
         self.action_context = nn.Linear(width, width)
         self.action_out = nn.Linear(width, RULES)
         self.default_out = nn.Linear(width, 1)
+        self.cost_weight = nn.Parameter(torch.tensor([cost_weight]))
         self.value_hidden = nn.Linear(context, width)
         self.value_out = nn.Linear(width, 1)
         small = (self.action_out, self.default_out)
@@ -61,22 +66,21 @@ class EquivariantNetwork(nn.Module):
     def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (batch, 1 + decode_nodes * RULES) and values (batch, 1) of observations (batch, length)."""
         context, decode = self._encode(seen)
-        return self._logits(context, decode), self._value(context)
+        return self._logits(seen, context, decode), self._value(context)
 
     def forward_actor(self, seen: Tensor) -> Tensor:
         """The logits alone."""
-        return self._logits(*self._encode(seen))
+        return self._logits(seen, *self._encode(seen))
 
     def forward_critic(self, seen: Tensor) -> Tensor:
         """The values alone."""
         return self._value(self._encode(seen)[0])
 
     def _encode(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The context (batch, 12 + 4 width) and the decode nodes (batch, decode_nodes, width)."""
-        first_decode = _WIDTH + self.prefill_nodes * _PREFILL_WIDTH
+        """The context (batch, 13 + 4 width) and the decode nodes (batch, decode_nodes, width)."""
         cluster = seen[:, :_WIDTH]
-        prefill_rows = seen[:, _WIDTH:first_decode].reshape(-1, self.prefill_nodes, _PREFILL_WIDTH)
-        decode_rows = seen[:, first_decode:].reshape(-1, self.decode_nodes, _DECODE_WIDTH)
+        prefill_rows = seen[:, _WIDTH : self._first_decode].reshape(-1, self.prefill_nodes, _PREFILL_WIDTH)
+        decode_rows = self._decode_rows(seen)
         prefill = torch.relu(self.prefill_rows(prefill_rows) + self.prefill_cluster(cluster)[:, None])
         decode = torch.relu(self.decode_rows(decode_rows) + self.decode_cluster(cluster)[:, None])
         prefill = torch.relu(self.prefill_out(prefill)) * prefill_rows[:, :, Prefill.PRESENT, None]
@@ -89,10 +93,15 @@ class EquivariantNetwork(nn.Module):
             pooled += [nodes.sum(1) / present.sum(1, keepdim=True).clamp_min(1.0), nodes.amax(1)]
         return torch.cat(pooled, 1), decode
 
-    def _logits(self, context: Tensor, decode: Tensor) -> Tensor:
+    def _decode_rows(self, seen: Tensor) -> Tensor:
+        return seen[:, self._first_decode :].reshape(-1, self.decode_nodes, _DECODE_WIDTH)
+
+    def _logits(self, seen: Tensor, context: Tensor, decode: Tensor) -> Tensor:
         whole = torch.relu(self.context(context))
         hidden = torch.relu(self.action_rows(decode) + self.action_context(whole)[:, None])
-        return torch.cat([self.default_out(whole), self.action_out(hidden).flatten(1)], 1)
+        default = self.default_out(whole) - self.cost_weight * seen[:, Cluster.DEFAULT_COST, None]
+        rules = self.action_out(hidden) - self.cost_weight * self._decode_rows(seen)[:, :, RULE_COSTS]
+        return torch.cat([default, rules.flatten(1)], 1)
 
     def _value(self, context: Tensor) -> Tensor:
         value: Tensor = self.value_out(torch.relu(self.value_hidden(context)))
@@ -102,21 +111,25 @@ class EquivariantNetwork(nn.Module):
 class _Equivariant:
     """What makes an SB3 actor-critic policy out of the network: its outputs are logits and values already."""
 
-    def __init__(self, *args: Any, schema: Schema, width: int = 32, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, schema: Schema, width: int = 32, cost_weight: float = 0.0, **kwargs: Any
+    ) -> None:
         """Builds network and optimiser.
 
         Args:
             args: SB3's own.
             schema: Sizes of observations and actions.
             width: Units of each hidden layer.
+            cost_weight: Of the predicted costs in the logits, at first.
             kwargs: SB3's own.
         """
-        self.schema, self.width = schema, width
+        self.schema, self.width, self.cost_weight = schema, width, cost_weight
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         policy = cast(ActorCriticPolicy, self)
-        network = EquivariantNetwork(self.schema.prefill_nodes, self.schema.decode_nodes, self.width)
+        sizes = self.schema.prefill_nodes, self.schema.decode_nodes, self.width
+        network = EquivariantNetwork(*sizes, self.cost_weight)
         policy.mlp_extractor = cast(Any, network)
         policy.action_net = nn.Identity()
         policy.value_net = cast(Any, nn.Identity())
@@ -124,7 +137,8 @@ class _Equivariant:
         policy.optimizer = policy.optimizer_class(policy.parameters(), lr=lr_schedule(1), **policy.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return super()._get_constructor_parameters() | {"schema": self.schema, "width": self.width}  # type: ignore[misc]
+        own = {"schema": self.schema, "width": self.width, "cost_weight": self.cost_weight}
+        return super()._get_constructor_parameters() | own  # type: ignore[misc]
 
 
 class EquivariantPolicy(_Equivariant, ActorCriticPolicy):

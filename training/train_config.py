@@ -26,6 +26,9 @@ class Network(_Section):
 
     width: Annotated[int, Field(ge=4, le=512)] = 32
     """Units of each hidden layer."""
+    cost_weight: Annotated[float, Field(ge=0, le=1000)] = 30.0
+    """Of each action's predicted cost in its logit, at first: so training begins near the policy slo_price; 0: from
+    scratch."""
 
 
 class OnPolicy(_Section):
