@@ -23,6 +23,7 @@ from deflector.envs.estimates import (
 from deflector.envs.prices import PRICE, SPREAD, STEPS_TO_LOSE_TBT, chunk_harm, join_harm, own_cost, queue_price
 from deflector.envs.question import (
     BLOCK_SIZE,
+    BUDGET,
     DECODES,
     DEFLECTED,
     INCOMING,
@@ -39,6 +40,7 @@ from deflector.envs.question import (
 )
 from deflector.envs.schema import (
     CAPS_TOKENS,
+    COST_GRAIN,
     RATE_WINDOWS_S,
     RULES,
     SAFE_SHARE,
@@ -61,6 +63,7 @@ _AGE, _MAX_SEQS = int(StateRow.AGE_S), int(NodeField.MAX_SEQS)
 _DECODE_ONLY, _PREFILL_ONLY = int(NodeRole.DECODE), int(NodeRole.PREFILL)
 _SHORT_S, _LONG_S = RATE_WINDOWS_S
 _LARGE_TOKENS, _SMALL_TOKENS = CAPS_TOKENS
+_HIGHEST_COST = 1e9
 _WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
 
 _C_PROMPT, _C_MAX_OUTPUT, _C_TTFT_SLO = int(Cluster.PROMPT), int(Cluster.MAX_OUTPUT), int(Cluster.TTFT_SLO)
@@ -68,7 +71,7 @@ _C_TBT_SLO, _C_OWN, _C_SHORT = int(Cluster.TBT_SLO), int(Cluster.OWN_PREFILL), i
 _C_LONG, _C_DECODE_RATE = int(Cluster.WORK_RATE_LONG), int(Cluster.DECODE_RATE)
 _C_PREFILL_TTFT, _C_DECODE_TTFT = int(Cluster.PREFILL_TTFT), int(Cluster.DECODE_TTFT)
 _C_PREFILLS, _C_DECODES = int(Cluster.PREFILL_NODES), int(Cluster.DECODE_NODES)
-_C_DEFAULT = int(Cluster.DEFAULT_COST)
+_C_LEAST, _C_DEFAULT = int(Cluster.LEAST_COST), int(Cluster.DEFAULT_EXCESS)
 _P_PRESENT, _P_AHEAD, _P_SHARE = int(Prefill.PRESENT), int(Prefill.AHEAD), int(Prefill.AHEAD_SHARE)
 _P_TTFT, _P_KV, _P_AGE = int(Prefill.TTFT), int(Prefill.KV_USED), int(Prefill.AGE)
 _D_PRESENT, _D_DECODES, _D_BATCH = int(Decode.PRESENT), int(Decode.DECODES), int(Decode.BATCH_SHARE)
@@ -79,7 +82,7 @@ _D_STEP_AFTER, _D_JOIN, _D_PLANNED = int(Decode.STEP_AFTER), int(Decode.JOIN_TTF
 _D_FEASIBLE, _D_OCCUPIED = int(Decode.FEASIBLE), int(Decode.OCCUPIED)
 _D_LARGE, _D_LARGE_BREACH = int(Decode.LARGE_TTFT), int(Decode.LARGE_BREACH)
 _D_SMALL, _D_SMALL_BREACH = int(Decode.SMALL_TTFT), int(Decode.SMALL_BREACH)
-_D_COSTS = int(Decode.JOIN_COST)
+_D_EXCESSES = int(Decode.JOIN_EXCESS)
 _JOIN, _PLANNED, _SAFE = int(Rule.JOIN), int(Rule.PLANNED), int(Rule.SAFE)
 _LARGE, _SMALL = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL)
 
@@ -157,6 +160,7 @@ def encode(
         seen[_C_PREFILL_TTFT] = prefill_ttft_s / slo_s
         seen[_C_DECODE_TTFT] = decode_ttft_s / slo_s
         seen[_C_DEFAULT] = _default_cost(q, usual, scratch)
+        _subtract_least_cost(seen, mask, first_decode_row)
     _fold(seen)
 
 
@@ -203,6 +207,29 @@ def _default_cost(q: Question, source: int, scratch: FloatArray) -> float:
         return np.inf
     ttft_s = scratch[source] + transfer_s(q, source, target) + join_s(q, target)
     return own_cost(q, ttft_s, SPREAD) + join_harm(q, target)
+
+
+@inner
+def _subtract_least_cost(seen: Observation, mask: Mask, first_decode_row: int) -> None:
+    """Makes of every action's cost what it costs more than the cheapest possible action, in grains."""
+    least = float(seen[_C_DEFAULT])
+    for action in range(1, len(mask)):
+        if mask[action]:
+            least = min(least, float(seen[_place_of_cost(first_decode_row, action)]))
+    least = min(least, _HIGHEST_COST)
+    seen[_C_LEAST] = least
+    seen[_C_DEFAULT] = max(seen[_C_DEFAULT] - least, 0.0) / COST_GRAIN
+    for action in range(1, len(mask)):
+        k = _place_of_cost(first_decode_row, action)
+        if seen[first_decode_row + (action - 1) // RULES * _DECODE_WIDTH + _D_PRESENT] != 0.0:
+            seen[k] = max(seen[k] - least, 0.0) / COST_GRAIN
+
+
+@inner
+def _place_of_cost(first_decode_row: int, action: int) -> int:
+    """Where an observation holds the cost of an action that is not the default."""
+    row, rule = (action - 1) // RULES, (action - 1) % RULES
+    return first_decode_row + row * _DECODE_WIDTH + _D_EXCESSES + rule
 
 
 @inner
@@ -276,14 +303,20 @@ def _encode_decode_node(
         seen[row + _D_PLANNED] = (wait_s + planned_s) / slo_s
         seen[row + _D_FEASIBLE] = -1.0 if planned_s < np.inf else 0.0
         seen[row + _D_OCCUPIED] = planned_s
-        large_s, large_breaches = capped_path(q, node, _LARGE_TOKENS, limit_s)
-        small_s, small_breaches = capped_path(q, node, _SMALL_TOKENS, limit_s)
+        large_s, large_breaches = capped_path(q, node, _cap(q, node, _LARGE_TOKENS), limit_s)
+        small_s, small_breaches = capped_path(q, node, _cap(q, node, _SMALL_TOKENS), limit_s)
         seen[row + _D_LARGE] = (wait_s + large_s) / slo_s
         seen[row + _D_LARGE_BREACH] = -min(large_breaches / STEPS_TO_LOSE_TBT, 1.0)
         seen[row + _D_SMALL] = (wait_s + small_s) / slo_s
         seen[row + _D_SMALL_BREACH] = -min(small_breaches / STEPS_TO_LOSE_TBT, 1.0)
-        _encode_costs(q, node, rate_rps, wait_s, planned_s, join_ttft_s, seen, row + _D_COSTS)
+        _encode_costs(q, node, rate_rps, wait_s, planned_s, join_ttft_s, seen, row + _D_EXCESSES)
     return wait_s + planned_s
+
+
+@inner
+def _cap(q: Question, node: int, tokens: int) -> int:
+    """What a cap comes to on a node: no step exceeds the engine's own budget."""
+    return int(min(tokens, q.nodes[node, BUDGET]))
 
 
 @inner
@@ -297,7 +330,7 @@ def _encode_costs(
     seen: Observation,
     first: int,
 ) -> None:
-    """Writes the predicted cost of each of a decode node's actions (`deflector.envs.prices`)."""
+    """Writes the predicted cost of each of a decode node's actions (`deflector.envs.prices`), still unfolded."""
     harm, limit_s = join_harm(q, node), tbt_limit_s(q, node, SAFE_SHARE)
     seen[first + _JOIN] = own_cost(q, join_ttft_s, SPREAD) + harm
     for rule in range(_PLANNED, RULES):
@@ -305,9 +338,9 @@ def _encode_costs(
         if rule == _SAFE:
             occupied_s = decode_path_s(q, node, limit_s)
         elif rule == _LARGE:
-            occupied_s, breaches = capped_path(q, node, _LARGE_TOKENS, limit_s)
+            occupied_s, breaches = capped_path(q, node, _cap(q, node, _LARGE_TOKENS), limit_s)
         elif rule == _SMALL:
-            occupied_s, breaches = capped_path(q, node, _SMALL_TOKENS, limit_s)
+            occupied_s, breaches = capped_path(q, node, _cap(q, node, _SMALL_TOKENS), limit_s)
         price = PRICE * queue_price(q, rate_rps, wait_s, occupied_s)
         own = own_cost(q, wait_s + occupied_s, SPREAD)
         seen[first + rule] = own + price + chunk_harm(q, node, breaches) + harm

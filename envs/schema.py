@@ -25,6 +25,9 @@ CAPS_TOKENS = (2048, 512)
 SAFE_SHARE = 0.9
 """Share of the strictest TBT SLO that a step may take under the rule LARGEST_SAFE."""
 
+COST_GRAIN = 1e-4
+"""Predicted costs (`deflector.envs.prices`) that differ by less are hardly told apart; misses, or shares of one."""
+
 
 class Cluster(IntEnum):
     """Features of the request and of the cluster as a whole."""
@@ -53,8 +56,10 @@ class Cluster(IntEnum):
     """log(1 + healthy nodes that may prefill)."""
     DECODE_NODES = 11
     """log(1 + healthy nodes that may decode)."""
-    DEFAULT_COST = 12
-    """log(1 + cost) of the default route, see `deflector.envs.prices`."""
+    LEAST_COST = 12
+    """log(1 + cost) of the cheapest possible action, see `deflector.envs.prices`."""
+    DEFAULT_EXCESS = 13
+    """log(1 + (cost of the default route - least cost) / COST_GRAIN)."""
 
 
 class Prefill(IntEnum):
@@ -119,15 +124,15 @@ class Decode(IntEnum):
     """log(1 + TTFT / SLO) in chunks of `CAPS_TOKENS[1]`."""
     SMALL_BREACH = 20
     """Share of a P99 TBT loss that those chunks cost its sequences."""
-    JOIN_COST = 21
-    """log(1 + cost) if another node prefills, see `deflector.envs.prices`; TOP if there is none."""
-    PLANNED_COST = 22
+    JOIN_EXCESS = 21
+    """log(1 + (cost - least cost) / COST_GRAIN) if another node prefills; TOP if there is none."""
+    PLANNED_EXCESS = 22
     """The same if it prefills in the largest chunks that keep the TBT SLOs; TOP if there are none."""
-    SAFE_COST = 23
+    SAFE_EXCESS = 23
     """The same if it prefills in the largest chunks that keep within SAFE_SHARE of the TBT SLOs."""
-    LARGE_COST = 24
+    LARGE_EXCESS = 24
     """The same in chunks of `CAPS_TOKENS[0]`, held against SAFE_SHARE of the TBT SLOs."""
-    SMALL_COST = 25
+    SMALL_EXCESS = 25
     """The same in chunks of `CAPS_TOKENS[1]`."""
 
 
@@ -148,13 +153,13 @@ class Rule(IntEnum):
 
 RULES = len(Rule)
 
-CLUSTER_ESTIMATES = (Cluster.PREFILL_TTFT, Cluster.DECODE_TTFT, Cluster.DEFAULT_COST)
+CLUSTER_ESTIMATES = (Cluster.PREFILL_TTFT, Cluster.DECODE_TTFT, Cluster.LEAST_COST, Cluster.DEFAULT_EXCESS)
 PREFILL_ESTIMATES = (Prefill.TTFT,)
 DECODE_ESTIMATES = tuple(feature for feature in Decode if feature >= Decode.STEP)
 """Features that are the analytical model's own predictions, zero where they are switched off."""
 
-RULE_COSTS = slice(Decode.JOIN_COST, Decode.SMALL_COST + 1)
-"""A decode node's features that are the costs of its actions, in the order of `Rule`."""
+RULE_EXCESSES = slice(Decode.JOIN_EXCESS, Decode.SMALL_EXCESS + 1)
+"""A decode node's features that tell how much its actions cost more than the cheapest, in the order of `Rule`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +200,7 @@ class Schema:
             "rate_windows_s": list(RATE_WINDOWS_S),
             "caps_tokens": list(CAPS_TOKENS),
             "safe_share": SAFE_SHARE,
+            "cost_grain": COST_GRAIN,
         }
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deflector.envs.observation import Mask, Observation
-from deflector.envs.schema import RULE_COSTS, RULES, Cluster, Decode, Prefill
+from deflector.envs.schema import RULE_EXCESSES, RULES, Cluster, Decode, Prefill
 from deflector.envs.simulator.layout import FloatArray, IntArray
 
 Float32Array = npt.NDArray[np.float32]
@@ -88,10 +88,10 @@ class Actor:
         first_decode = _WIDTH + prefill_nodes * _PREFILL_WIDTH
         self._seen = np.empty((count, first_decode + decode_nodes * _DECODE_WIDTH))
         self._seen_cluster = self._seen[:, :_WIDTH]
-        self._default_cost = self._seen[:, Cluster.DEFAULT_COST]
+        self._default_excess = self._seen[:, Cluster.DEFAULT_EXCESS]
         self._seen_prefill = self._seen[:, _WIDTH:first_decode].reshape(count, prefill_nodes, _PREFILL_WIDTH)
         self._seen_decode = self._seen[:, first_decode:].reshape(count, decode_nodes, _DECODE_WIDTH)
-        self._rule_costs = self._seen_decode[:, :, RULE_COSTS]
+        self._rule_excesses = self._seen_decode[:, :, RULE_EXCESSES]
         # Nodes of both kinds: (count, kind, node, ...).
         self._rows = np.zeros((count, 2, nodes, _DECODE_WIDTH))
         self._prefill_rows = self._rows[:, 0, :prefill_nodes, :_PREFILL_WIDTH]
@@ -160,9 +160,9 @@ class Actor:
         np.add(action, self._shared, out=action)
         np.maximum(action, _ZERO, out=action)
         np.matmul(self._one_and_action, self._rule_weights, out=self._rule_logits)
-        np.multiply(self._rule_costs, self._cost_weight, out=self._weighed)
+        np.multiply(self._rule_excesses, self._cost_weight, out=self._weighed)
         np.subtract(self._rule_logits, self._weighed, out=self._rule_logits)
-        np.subtract(self._default, self._default_cost * self._cost_weight, out=self._default_logit)
+        np.subtract(self._default, self._default_excess * self._cost_weight, out=self._default_logit)
         return self._logits
 
 

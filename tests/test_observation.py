@@ -18,6 +18,7 @@ from deflector.envs.schema import (
     CLUSTER_ESTIMATES,
     DECODE_ESTIMATES,
     PREFILL_ESTIMATES,
+    RULE_COSTS,
     RULES,
     SAFE_SHARE,
     TOP,
@@ -29,6 +30,7 @@ from deflector.envs.schema import (
 )
 from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Reason, Request, StateRow
 from deflector.envs.stepper import Stepper
+from deflector.policies.policy import make_policy
 
 Array = npt.NDArray[np.float32]
 
@@ -82,6 +84,11 @@ def test_numbering_the_nodes_otherwise_only_moves_their_rows(seed: int) -> None:
         cluster, prefill, decode = parts(schema, seen)
         other_seen, other_mask = Encoder(schema).encode(other, request)
         other_cluster, other_prefill, other_decode = parts(schema, other_seen)
+        usual = Encoder(schema).decision(state, request, 0)
+        elsewhere = Encoder(schema).decision(other, request, 0)
+        if order[elsewhere.prefill_node] != usual.prefill_node or order[elsewhere.decode_node] != usual.decode_node:
+            # Nodes that are equal to the rule for the default route, which goes to the first, may differ in its cost.
+            other_cluster[Cluster.DEFAULT_COST] = cluster[Cluster.DEFAULT_COST]
         np.testing.assert_array_equal(cluster, other_cluster)
         for rows, other_rows, able in (
             (prefill, other_prefill, facts.can_prefill),
@@ -219,6 +226,46 @@ def test_a_small_case_by_hand() -> None:
     assert cluster[Cluster.DECODE_TTFT] == decode[0, Decode.PLANNED_TTFT]
     decision = Encoder(schema).decision(state, request, 1 + Rule.PLANNED)
     assert [tokens for tokens, steps in decision.chunk_runs for _ in range(steps)] == runs
+
+
+def test_costs_in_a_small_case_by_hand() -> None:
+    state, request = small_case()
+    seen = Encoder(schema_of(state.facts)).encode(state, request)[0]
+    cluster, _, decode = parts(schema_of(state.facts), seen)
+
+    def own(folded_ttft_share: float) -> float:
+        share = math.expm1(folded_ttft_share)
+        return 1 / (1 + math.exp(-(share - 1) / 0.15)) + 0.02 * share
+
+    step_s = math.expm1(decode[0, Decode.STEP_AFTER]) * 0.08
+    harm = min(max((step_s / 0.08 - 0.9) / 0.1, 0.0), 1.0) * (1 + 8 + 2)
+    occupied_s = math.expm1(decode[0, Decode.PLANNED_TTFT]) * 0.5
+    price = 0.8 * (1 / 10) * occupied_s * occupied_s / 0.5  # one arrival in 10 s, one decode node
+    join, planned = decode[0, Decode.JOIN_COST], decode[0, Decode.PLANNED_COST]
+    assert math.expm1(join) == pytest.approx(own(decode[0, Decode.JOIN_TTFT]) + harm, rel=1e-5)
+    assert math.expm1(planned) == pytest.approx(own(decode[0, Decode.PLANNED_TTFT]) + price + harm, rel=1e-5)
+    assert cluster[Cluster.DEFAULT_COST] == join
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_decision_of_slo_price_is_the_action_with_the_least_cost(seed: int) -> None:
+    same = 0
+    for state, request in questions(seed, 30):
+        schema, policy = schema_of(state.facts), make_policy("slo_price")
+        encoder = Encoder(schema)
+        seen, mask = encoder.encode(state, request)
+        cluster, _, decode = parts(schema, seen)
+        decode[:, Decode.PLANNED_COST] = np.inf  # it does not consider schedules
+        costs = np.where(mask, np.append(cluster[Cluster.DEFAULT_COST], decode[:, RULE_COSTS].ravel()), np.inf)
+        decision = policy.decide(state, request)
+        action = encoder.action(state, request, decision)
+        is_exact = decision.path == Path.DISAGGREGATE or decision.chunk_rule == ChunkRule.LARGEST_SAFE
+        # It does not consider a cap above an engine's token budget, which is the budget itself.
+        budgets = state.facts.nodes[state.facts.can_decode, NodeField.MAX_BATCHED_TOKENS]
+        if is_exact and mask[action] and costs.min() < TOP and budgets.min() >= CAPS_TOKENS[0]:
+            assert costs[action] <= costs.min() + 1e-6
+            same += 1
+    assert same > 0 or budgets.min() < CAPS_TOKENS[0]
 
 
 def rule_of(decision: Decision) -> tuple[ChunkRule, tuple[tuple[int, int], ...]]:

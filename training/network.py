@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from deflector.envs.schema import RULE_COSTS, RULES, Cluster, Decode, Prefill, Schema
+from deflector.envs.schema import RULE_EXCESSES, RULES, Cluster, Decode, Prefill, Schema
 
 _WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
 
@@ -24,18 +24,18 @@ class EquivariantNetwork(nn.Module):
     With `width` H, rectified: a prefill node is encoded as p = L(L(row) + L(cluster)), a decode node likewise as d; the
     context is (cluster, mean p, max p, mean d, max d) over the nodes that are there, and g = L(context). A decode
     node's logits are L(L(d) + L(g)), one per rule; the default route's is L(g); the value is L(L(context)). From each
-    logit the action's predicted cost is taken, times a learned weight: so the network begins near the policy
-    `slo_price`, and learns what to correct in it.
+    logit the action's excess over the least predicted cost (a logarithm, see `Schema`) is taken, times a learned
+    weight: so a fresh network chooses as `slo_price` would, and learns what to correct in it.
     """
 
     def __init__(self, prefill_nodes: int, decode_nodes: int, width: int, cost_weight: float = 0.0) -> None:
-        """Layers with orthogonal weights; those of the logits are small, so that a fresh policy goes by costs alone.
+        """Layers with orthogonal weights; those of the logits are zero: a fresh policy goes by predicted costs alone.
 
         Args:
             prefill_nodes: Rows for nodes that may prefill in an observation.
             decode_nodes: Rows for nodes that may decode.
             width: Units of each hidden layer.
-            cost_weight: What the predicted costs are multiplied with at first; with 0 a fresh policy is nearly uniform.
+            cost_weight: What the excesses are multiplied with at first; with 0 a fresh policy is uniform.
         """
         super().__init__()
         self.prefill_nodes, self.decode_nodes = prefill_nodes, decode_nodes
@@ -55,13 +55,13 @@ class EquivariantNetwork(nn.Module):
         self.cost_weight = nn.Parameter(torch.tensor([cost_weight]))
         self.value_hidden = nn.Linear(context, width)
         self.value_out = nn.Linear(width, 1)
-        small = (self.action_out, self.default_out)
         for layer in self.children():
             linear = cast(nn.Linear, layer)
-            gain = 0.01 if layer in small else 1.0 if layer is self.value_out else 2.0**0.5
-            nn.init.orthogonal_(linear.weight, gain)
+            nn.init.orthogonal_(linear.weight, 1.0 if layer is self.value_out else 2.0**0.5)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.action_out.weight)
+        nn.init.zeros_(self.default_out.weight)
 
     def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (batch, 1 + decode_nodes * RULES) and values (batch, 1) of observations (batch, length)."""
@@ -77,7 +77,7 @@ class EquivariantNetwork(nn.Module):
         return self._value(self._encode(seen)[0])
 
     def _encode(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The context (batch, 13 + 4 width) and the decode nodes (batch, decode_nodes, width)."""
+        """The context (batch, 14 + 4 width) and the decode nodes (batch, decode_nodes, width)."""
         cluster = seen[:, :_WIDTH]
         prefill_rows = seen[:, _WIDTH : self._first_decode].reshape(-1, self.prefill_nodes, _PREFILL_WIDTH)
         decode_rows = self._decode_rows(seen)
@@ -99,8 +99,8 @@ class EquivariantNetwork(nn.Module):
     def _logits(self, seen: Tensor, context: Tensor, decode: Tensor) -> Tensor:
         whole = torch.relu(self.context(context))
         hidden = torch.relu(self.action_rows(decode) + self.action_context(whole)[:, None])
-        default = self.default_out(whole) - self.cost_weight * seen[:, Cluster.DEFAULT_COST, None]
-        rules = self.action_out(hidden) - self.cost_weight * self._decode_rows(seen)[:, :, RULE_COSTS]
+        default = self.default_out(whole) - self.cost_weight * seen[:, Cluster.DEFAULT_EXCESS, None]
+        rules = self.action_out(hidden) - self.cost_weight * self._decode_rows(seen)[:, :, RULE_EXCESSES]
         return torch.cat([default, rules.flatten(1)], 1)
 
     def _value(self, context: Tensor) -> Tensor:
@@ -111,9 +111,7 @@ class EquivariantNetwork(nn.Module):
 class _Equivariant:
     """What makes an SB3 actor-critic policy out of the network: its outputs are logits and values already."""
 
-    def __init__(
-        self, *args: Any, schema: Schema, width: int = 32, cost_weight: float = 0.0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, schema: Schema, width: int = 32, cost_weight: float = 0.0, **kwargs: Any) -> None:
         """Builds network and optimiser.
 
         Args:

@@ -204,7 +204,7 @@ def _learn(
     progress.begin("training", total=config.decisions, done=at.decisions)
     begun_s = time.perf_counter()
     if at.decisions < config.decisions and not keeper.has_stopped:
-        callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s), keeper])
+        callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s, config.on_policy.trace_s), keeper])
         try:
             model.learn(config.decisions - at.decisions, callback=callbacks, reset_num_timesteps=newest is None)
         except ValueError:  # what torch's distributions say to logits that are not finite

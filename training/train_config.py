@@ -26,9 +26,9 @@ class Network(_Section):
 
     width: Annotated[int, Field(ge=4, le=512)] = 32
     """Units of each hidden layer."""
-    cost_weight: Annotated[float, Field(ge=0, le=1000)] = 30.0
-    """Of each action's predicted cost in its logit, at first: so training begins near the policy slo_price; 0: from
-    scratch."""
+    cost_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """What each action's logit loses, at first, for costing more than the cheapest by prediction (see
+    `EquivariantNetwork`): training begins near the policy slo_price; 0: from scratch."""
 
 
 class OnPolicy(_Section):
@@ -44,8 +44,8 @@ class OnPolicy(_Section):
     """At the beginning; it falls linearly to a tenth."""
     horizon_s: Positive = 5.0
     """What happens so many seconds later counts 1/e of what happens now."""
-    gae_lambda: Share = 0.95
-    """Of the generalised advantage estimate."""
+    trace_s: Positive = 3.0
+    """What a decision led to so many seconds later counts 1/e in its advantage; the rest is the critic's word."""
     clip_range: Positive = 0.2
     """Of the probability ratio."""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.002

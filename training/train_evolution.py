@@ -49,5 +49,3 @@ def run_evolution(
     report(validated, decisions)
     write_json(folder.path / "best.json", {"policy": policy, "slo_attainment": validated.attainment})
     return policy, decisions, validated
-
-
