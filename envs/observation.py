@@ -332,11 +332,13 @@ def _encode_costs(
 ) -> None:
     """Writes the predicted cost of each of a decode node's actions (`deflector.envs.prices`), still unfolded."""
     harm, limit_s = join_harm(q, node), tbt_limit_s(q, node, SAFE_SHARE)
+    safe_s = decode_path_s(q, node, limit_s)
     seen[first + _JOIN] = own_cost(q, join_ttft_s, SPREAD) + harm
     for rule in range(_PLANNED, RULES):
-        occupied_s, breaches = planned_s, 0.0
-        if rule == _SAFE:
-            occupied_s = decode_path_s(q, node, limit_s)
+        occupied_s, breaches = safe_s, 0.0
+        if rule == _PLANNED:
+            # Beyond the safe share a schedule rests on a report that is older than its last step.
+            occupied_s, breaches = planned_s, 0.0 if planned_s == safe_s else STEPS_TO_LOSE_TBT
         elif rule == _LARGE:
             occupied_s, breaches = capped_path(q, node, _cap(q, node, _LARGE_TOKENS), limit_s)
         elif rule == _SMALL:
