@@ -337,8 +337,8 @@ def _encode_costs(
     for rule in range(_PLANNED, RULES):
         occupied_s, breaches = safe_s, 0.0
         if rule == _PLANNED:
-            # Beyond the safe share a schedule rests on a report that is older than its last step.
-            occupied_s, breaches = planned_s, 0.0 if planned_s == safe_s else STEPS_TO_LOSE_TBT
+            # A schedule rests on a report that is older than its steps, and does not give way to who joins meanwhile.
+            occupied_s, breaches = planned_s, 1.0 if planned_s == safe_s else STEPS_TO_LOSE_TBT
         elif rule == _LARGE:
             occupied_s, breaches = capped_path(q, node, _cap(q, node, _LARGE_TOKENS), limit_s)
         elif rule == _SMALL:

@@ -127,8 +127,8 @@ class Decode(IntEnum):
     JOIN_EXCESS = 21
     """log(1 + (cost - least cost) / COST_GRAIN) if another node prefills; TOP if there is none."""
     PLANNED_EXCESS = 22
-    """The same if it prefills in the largest chunks that keep the TBT SLOs, all lost if one needs more than SAFE_SHARE
-    of them; TOP if there are none."""
+    """The same if it prefills in the largest chunks that keep the TBT SLOs; TOP if there are none. One late step is
+    expected of such a schedule, and two where it goes beyond SAFE_SHARE."""
     SAFE_EXCESS = 23
     """The same if it prefills in the largest chunks that keep within SAFE_SHARE of the TBT SLOs."""
     LARGE_EXCESS = 24

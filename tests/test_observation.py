@@ -16,9 +16,10 @@ from deflector.envs.lanes import Episode, Stage
 from deflector.envs.schema import (
     CAPS_TOKENS,
     CLUSTER_ESTIMATES,
+    COST_GRAIN,
     DECODE_ESTIMATES,
     PREFILL_ESTIMATES,
-    RULE_COSTS,
+    RULE_EXCESSES,
     RULES,
     SAFE_SHARE,
     TOP,
@@ -88,7 +89,7 @@ def test_numbering_the_nodes_otherwise_only_moves_their_rows(seed: int) -> None:
         elsewhere = Encoder(schema).decision(other, request, 0)
         if order[elsewhere.prefill_node] != usual.prefill_node or order[elsewhere.decode_node] != usual.decode_node:
             # Nodes that are equal to the rule for the default route, which goes to the first, may differ in its cost.
-            other_cluster[Cluster.DEFAULT_COST] = cluster[Cluster.DEFAULT_COST]
+            other_cluster[Cluster.DEFAULT_EXCESS] = cluster[Cluster.DEFAULT_EXCESS]
         np.testing.assert_array_equal(cluster, other_cluster)
         for rows, other_rows, able in (
             (prefill, other_prefill, facts.can_prefill),
@@ -239,12 +240,17 @@ def test_costs_in_a_small_case_by_hand() -> None:
 
     step_s = math.expm1(decode[0, Decode.STEP_AFTER]) * 0.08
     harm = min(max((step_s / 0.08 - 0.9) / 0.1, 0.0), 1.0) * (1 + 8 + 2)
-    occupied_s = math.expm1(decode[0, Decode.PLANNED_TTFT]) * 0.5
+    occupied_s = math.expm1(decode[0, Decode.LARGE_TTFT]) * 0.5
     price = 0.8 * (1 / 10) * occupied_s * occupied_s / 0.5  # one arrival in 10 s, one decode node
-    join, planned = decode[0, Decode.JOIN_COST], decode[0, Decode.PLANNED_COST]
-    assert math.expm1(join) == pytest.approx(own(decode[0, Decode.JOIN_TTFT]) + harm, rel=1e-5)
-    assert math.expm1(planned) == pytest.approx(own(decode[0, Decode.PLANNED_TTFT]) + price + harm, rel=1e-5)
-    assert cluster[Cluster.DEFAULT_COST] == join
+    late = 8 * 0.5 * (occupied_s > 0.9 * 0.08)  # a single chunk: half a loss for each of eight
+    join = own(decode[0, Decode.JOIN_TTFT]) + harm
+    large = own(decode[0, Decode.LARGE_TTFT]) + price + late + harm
+    least = math.expm1(cluster[Cluster.LEAST_COST])
+    assert least == pytest.approx(join, rel=1e-5) and cluster[Cluster.DEFAULT_EXCESS] == 0.0
+    assert decode[0, Decode.JOIN_EXCESS] == 0.0
+    assert COST_GRAIN * math.expm1(min(decode[0, Decode.LARGE_EXCESS], TOP)) == pytest.approx(
+        min(large - least, COST_GRAIN * math.expm1(TOP)), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -255,15 +261,15 @@ def test_the_decision_of_slo_price_is_the_action_with_the_least_cost(seed: int) 
         encoder = Encoder(schema)
         seen, mask = encoder.encode(state, request)
         cluster, _, decode = parts(schema, seen)
-        decode[:, Decode.PLANNED_COST] = np.inf  # it does not consider schedules
-        costs = np.where(mask, np.append(cluster[Cluster.DEFAULT_COST], decode[:, RULE_COSTS].ravel()), np.inf)
+        decode[:, Decode.PLANNED_EXCESS] = TOP  # it does not consider schedules
+        excess = np.where(mask, np.append(cluster[Cluster.DEFAULT_EXCESS], decode[:, RULE_EXCESSES].ravel()), np.inf)
         decision = policy.decide(state, request)
         action = encoder.action(state, request, decision)
         is_exact = decision.path == Path.DISAGGREGATE or decision.chunk_rule == ChunkRule.LARGEST_SAFE
         # It does not consider a cap above an engine's token budget, which is the budget itself.
         budgets = state.facts.nodes[state.facts.can_decode, NodeField.MAX_BATCHED_TOKENS]
-        if is_exact and mask[action] and costs.min() < TOP and budgets.min() >= CAPS_TOKENS[0]:
-            assert costs[action] <= costs.min() + 1e-6
+        if is_exact and mask[action] and budgets.min() >= CAPS_TOKENS[0]:
+            assert excess[action] <= excess.min() + 0.02
             same += 1
     assert same > 0 or budgets.min() < CAPS_TOKENS[0]
 
