@@ -76,6 +76,10 @@ class Lookahead:
         """Begins anew with another run."""
         self._memory[:] = 0.0
 
+    def recall(self, memory: FloatArray) -> None:
+        """Takes over what its base policy remembers, (MEMORY,) float64, from who has seen all earlier decisions."""
+        self._memory[:] = memory
+
     def evaluate(
         self,
         world: World,

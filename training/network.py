@@ -7,13 +7,16 @@ an SB3 policy class it goes to PPO and A2C (`EquivariantPolicy`) or MaskablePPO 
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
+from deflector.envs.observation import Mask, Observation
 from deflector.envs.schema import RULE_EXCESSES, RULES, Cluster, Decode, Prefill, Schema
+from deflector.envs.simulator.layout import IntArray
 
 _WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
 
@@ -71,6 +74,13 @@ class EquivariantNetwork(nn.Module):
     def forward_actor(self, seen: Tensor) -> Tensor:
         """The logits alone."""
         return self._logits(seen, *self._encode(seen))
+
+    def most_likely(self, seen: Observation, masks: Mask) -> IntArray:
+        """(batch,) the possible actions with the largest logits."""
+        with torch.no_grad():
+            logits = self.forward_actor(torch.from_numpy(seen)).numpy()
+        chosen: IntArray = np.where(masks, logits, -np.inf).argmax(axis=1)
+        return chosen
 
     def forward_critic(self, seen: Tensor) -> Tensor:
         """The values alone."""

@@ -244,16 +244,23 @@ def _warm_start(
 ) -> None:
     settings = folder.config.warm_start
     seeds = np.random.SeedSequence([folder.config.seed, 0, _WARM_START])
-    shown = prepared.shown
-    if shown is None:
-        assert settings.teacher is not None
-        progress.begin(f"{settings.teacher} demonstrates", total=settings.decisions)
-        shown = demonstrate(prepared.lanes, settings.teacher, settings, seeds, progress.advance)
-        shown.save(folder.path / "demonstrations.safetensors")
-    progress.begin(f"imitating {shown.teacher}")
-    same = imitate(network, shown, settings, np.random.default_rng(seeds.spawn(1)[0]))
-    progress.end()
-    console.print(f"Imitated {shown.teacher}: the same action in {same:.1%} of its decisions", highlight=False)
+    shown = [] if prepared.shown is None else [prepared.shown]
+    if shown and settings.learn == "costs" and not len(shown[0].costs):
+        raise InputError(f"warm_start.learn: {shown[0].teacher} told its choice alone in {settings.demonstrations}")
+    for number in range(settings.rounds):
+        if prepared.shown is None:
+            assert settings.teacher is not None
+            progress.begin(f"{settings.teacher} demonstrates, round {number + 1}", total=settings.decisions)
+            learner = network if number else None
+            shown.append(demonstrate(prepared.lanes, settings.teacher, settings, seeds, progress.advance, learner))
+            shown[-1].save(folder.path / f"demonstrations-{number + 1}.safetensors")
+        progress.begin(f"imitating {shown[-1].teacher}")
+        score = imitate(network, shown, settings, np.random.default_rng(seeds.spawn(1)[0]))
+        progress.end()
+        told = f"the same action in {score:.1%} of its decisions"
+        if settings.learn == "costs":
+            told = f"{score:+.4f} misses a decision against its base"
+        console.print(f"Imitated {shown[-1].teacher}, round {number + 1}: {told}", highlight=False)
 
 
 def _finish(flags: Train, folder: RunFolder, trained: Trained, console: Console) -> dict[str, Any]:

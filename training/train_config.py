@@ -68,7 +68,13 @@ class WarmStart(_Section):
     demonstrations: str | None = None
     """A file of stored demonstrations in the teacher's place: an earlier run's demonstrations.safetensors."""
     decisions: Natural = 200_000
-    """Decisions that the teacher shows."""
+    """Decisions that the teacher shows in each round."""
+    learn: Literal["actions", "costs"] = "actions"
+    """To do as the teacher does; or what every action leads to, which the oracle alone tells."""
+    labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of all decisions that the teacher looks at; where the oracle does not, its base plays on."""
+    rounds: Annotated[int, Field(ge=1, le=100)] = 1
+    """From the second on, the learner plays and the teacher only looks (DAgger)."""
     explore: Share = 0.1
     """Share of the decisions at which a random action is taken instead of the one shown, so that the states are not
     the teacher's alone."""
@@ -81,6 +87,8 @@ class WarmStart(_Section):
     def _one_source(self) -> "WarmStart":
         if self.teacher is not None and self.demonstrations is not None:
             raise ValueError("teacher and demonstrations: give one of the two")
+        if self.demonstrations is not None and self.rounds > 1:
+            raise ValueError("rounds: stored demonstrations are of one round: name the teacher instead")
         return self
 
     @property
@@ -160,6 +168,8 @@ class TrainConfig(_Section):
         teacher = self.warm_start.teacher
         if teacher is not None and parse_policy(teacher).info.kind != "oracle":
             parse_analytical(teacher)
+            if self.warm_start.learn == "costs":
+                raise ValueError(f"warm_start.learn: {teacher} tells its choice alone: ask the oracle")
         return self
 
     @property
