@@ -5,6 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from deflector.envs.action_costs import cap_on, write_excesses
 from deflector.envs.actions import DEFAULT_ACTION
 from deflector.envs.cluster import NodeField, NodeRole
 from deflector.envs.compiled import bits_of, float_of, inner
@@ -20,10 +21,9 @@ from deflector.envs.estimates import (
     wait_on_decode_node_s,
     work_ahead_s,
 )
-from deflector.envs.prices import PRICE, SPREAD, STEPS_TO_LOSE_TBT, chunk_harm, join_harm, own_cost, queue_price
+from deflector.envs.prices import LAST_ARRIVAL, RECENT_ARRIVALS, RECENT_SLOS, STEPS_TO_LOSE_TBT, count_arrival
 from deflector.envs.question import (
     BLOCK_SIZE,
-    BUDGET,
     DECODES,
     DEFLECTED,
     INCOMING,
@@ -36,14 +36,11 @@ from deflector.envs.question import (
     can_prefill,
     holds_more_than_prompt,
     holds_prompt,
-    least_loaded_decode_node,
 )
 from deflector.envs.schema import (
     CAPS_TOKENS,
-    COST_GRAIN,
     RATE_WINDOWS_S,
     RULES,
-    SAFE_SHARE,
     TOP,
     Cluster,
     Decode,
@@ -63,7 +60,6 @@ _AGE, _MAX_SEQS = int(StateRow.AGE_S), int(NodeField.MAX_SEQS)
 _DECODE_ONLY, _PREFILL_ONLY = int(NodeRole.DECODE), int(NodeRole.PREFILL)
 _SHORT_S, _LONG_S = RATE_WINDOWS_S
 _LARGE_TOKENS, _SMALL_TOKENS = CAPS_TOKENS
-_HIGHEST_COST = 1e9
 _WIDTH, _PREFILL_WIDTH, _DECODE_WIDTH = len(Cluster), len(Prefill), len(Decode)
 
 _C_PROMPT, _C_MAX_OUTPUT, _C_TTFT_SLO = int(Cluster.PROMPT), int(Cluster.MAX_OUTPUT), int(Cluster.TTFT_SLO)
@@ -71,7 +67,7 @@ _C_TBT_SLO, _C_OWN, _C_SHORT = int(Cluster.TBT_SLO), int(Cluster.OWN_PREFILL), i
 _C_LONG, _C_DECODE_RATE = int(Cluster.WORK_RATE_LONG), int(Cluster.DECODE_RATE)
 _C_PREFILL_TTFT, _C_DECODE_TTFT = int(Cluster.PREFILL_TTFT), int(Cluster.DECODE_TTFT)
 _C_PREFILLS, _C_DECODES = int(Cluster.PREFILL_NODES), int(Cluster.DECODE_NODES)
-_C_LEAST, _C_DEFAULT = int(Cluster.LEAST_COST), int(Cluster.DEFAULT_EXCESS)
+_C_RECENT_SLO = int(Cluster.RECENT_TTFT_SLO)
 _P_PRESENT, _P_AHEAD, _P_SHARE = int(Prefill.PRESENT), int(Prefill.AHEAD), int(Prefill.AHEAD_SHARE)
 _P_TTFT, _P_KV, _P_AGE = int(Prefill.TTFT), int(Prefill.KV_USED), int(Prefill.AGE)
 _D_PRESENT, _D_DECODES, _D_BATCH = int(Decode.PRESENT), int(Decode.DECODES), int(Decode.BATCH_SHARE)
@@ -82,17 +78,16 @@ _D_STEP_AFTER, _D_JOIN, _D_PLANNED = int(Decode.STEP_AFTER), int(Decode.JOIN_TTF
 _D_FEASIBLE, _D_OCCUPIED = int(Decode.FEASIBLE), int(Decode.OCCUPIED)
 _D_LARGE, _D_LARGE_BREACH = int(Decode.LARGE_TTFT), int(Decode.LARGE_BREACH)
 _D_SMALL, _D_SMALL_BREACH = int(Decode.SMALL_TTFT), int(Decode.SMALL_BREACH)
-_D_EXCESSES = int(Decode.JOIN_EXCESS)
 _JOIN, _PLANNED, _SAFE = int(Rule.JOIN), int(Rule.PLANNED), int(Rule.SAFE)
-_LARGE, _SMALL = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL)
+_LARGE, _SMALL, _LAST = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL), int(Rule.JOIN_LAST)
 
 _FRACTION_BITS, _FRACTION, _EXPONENT_OF_ONE = np.uint64(52), np.uint64(0xFFFFFFFFFFFFF), np.uint64(0x3FF << 52)
 # An integer below 2^52 in the fraction of a float64 with this exponent is that float64, less 2^52.
 _EXPONENT_OF_INTEGERS, _INTEGERS_FROM = np.uint64(0x433 << 52), 2.0**52 + 0x3FF
 _ROOT_OF_TWO, _LOG_OF_TWO = math.sqrt(2.0), math.log(2.0)
 
-# What an encoder keeps from one request to the next, in `Question.memory`.
-_LAST_ARRIVAL, _SHORT_COUNT, _SHORT_WORK, _LONG_WORK = range(4)
+# What an encoder keeps from one request to the next, in `Question.memory`, behind what `count_arrival` does.
+_SHORT_WORK, _LONG_WORK = 3, 4
 
 
 @inner
@@ -107,7 +102,7 @@ def encode(
         q: The question; `q.memory` is the encoder's own, zero before its first request.
         max_output_tokens: What the client allows.
         estimates: Whether to write the analytical predictions; they are zero otherwise.
-        scratch: (>= num_nodes,) float64.
+        scratch: (>= 2 * num_nodes,) float64.
         seen: (`Schema.observation_length`,) float32.
         mask: (`Schema.num_actions`,) bool.
     """
@@ -140,27 +135,24 @@ def encode(
                 seen[row + _P_KV] = -min(q.rows[KV_USED, node] / capacity, TOP)
                 seen[row + _P_AGE] = 10.0 * q.rows[_AGE, node]
         row += _PREFILL_WIDTH
-    decode_nodes = 0
-    for node in range(q.rows.shape[1]):
-        decode_nodes += can_decode(q, node)
-    _count_arrival(q, own_s)
-    rate_rps = q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1))
-    decode_ttft_s, number = np.inf, 0
+    _count_work(q, own_s)
+    decode_ttft_s, decode_nodes, number = np.inf, 0, 0
     for node in range(q.rows.shape[1]):
         if q.nodes[node, ROLE] == _PREFILL_ONLY:
             continue
-        if can_decode(q, node) and number < room:
-            row, action = first_decode_row + number * _DECODE_WIDTH, 1 + number * RULES
-            ttft_s = _encode_decode_node(q, node, slo_s, rate_rps, estimates, scratch, seen, row, mask, action)
-            decode_ttft_s = min(decode_ttft_s, ttft_s)
+        if can_decode(q, node):
+            decode_nodes += 1
+            if number < room:
+                row = first_decode_row + number * _DECODE_WIDTH
+                ttft_s = _encode_decode_node(q, node, slo_s, estimates, scratch, seen, row, mask, 1 + number * RULES)
+                decode_ttft_s = min(decode_ttft_s, ttft_s)
         number += 1
     _encode_cluster(q, max_output_tokens, slo_s, own_s, prefill_nodes, decode_nodes, seen)
     q.answer[at.D_TTFT_PREFILL], q.answer[at.D_TTFT_DECODE] = prefill_ttft_s, decode_ttft_s
     if estimates:
         seen[_C_PREFILL_TTFT] = prefill_ttft_s / slo_s
         seen[_C_DECODE_TTFT] = decode_ttft_s / slo_s
-        seen[_C_DEFAULT] = _default_cost(q, usual, scratch)
-        _subtract_least_cost(seen, mask, first_decode_row)
+        write_excesses(q, usual, room, scratch, seen, mask)
     _fold(seen)
 
 
@@ -188,48 +180,12 @@ def _fold(seen: Observation) -> None:
 
 
 @inner
-def _count_arrival(q: Question, own_s: float) -> None:
+def _count_work(q: Question, own_s: float) -> None:
     """Adds an arrival to the recent rates, and the seconds of prefill that it brings."""
-    work_s = own_s if own_s < np.inf else 0.0
-    passed_s = q.now_s - q.memory[_LAST_ARRIVAL]
-    short, long = math.exp(-passed_s / _SHORT_S), math.exp(-passed_s / _LONG_S)
-    q.memory[_LAST_ARRIVAL] = q.now_s
-    q.memory[_SHORT_COUNT] = q.memory[_SHORT_COUNT] * short + 1.0
-    q.memory[_SHORT_WORK] = q.memory[_SHORT_WORK] * short + work_s
-    q.memory[_LONG_WORK] = q.memory[_LONG_WORK] * long + work_s
-
-
-@inner
-def _default_cost(q: Question, source: int, scratch: FloatArray) -> float:
-    """Of the default route, by way of the prefill node that the paper prints as the soonest."""
-    target = least_loaded_decode_node(q, source)
-    if source < 0 or target < 0:
-        return np.inf
-    ttft_s = scratch[source] + transfer_s(q, source, target) + join_s(q, target)
-    return own_cost(q, ttft_s, SPREAD) + join_harm(q, target)
-
-
-@inner
-def _subtract_least_cost(seen: Observation, mask: Mask, first_decode_row: int) -> None:
-    """Makes of every action's cost what it costs more than the cheapest possible action, in grains."""
-    least = float(seen[_C_DEFAULT])
-    for action in range(1, len(mask)):
-        if mask[action]:
-            least = min(least, float(seen[_place_of_cost(first_decode_row, action)]))
-    least = min(least, _HIGHEST_COST)
-    seen[_C_LEAST] = least
-    seen[_C_DEFAULT] = max(seen[_C_DEFAULT] - least, 0.0) / COST_GRAIN
-    for action in range(1, len(mask)):
-        k = _place_of_cost(first_decode_row, action)
-        if seen[first_decode_row + (action - 1) // RULES * _DECODE_WIDTH + _D_PRESENT] != 0.0:
-            seen[k] = max(seen[k] - least, 0.0) / COST_GRAIN
-
-
-@inner
-def _place_of_cost(first_decode_row: int, action: int) -> int:
-    """Where an observation holds the cost of an action that is not the default."""
-    row, rule = (action - 1) // RULES, (action - 1) % RULES
-    return first_decode_row + row * _DECODE_WIDTH + _D_EXCESSES + rule
+    work_s, passed_s = own_s if own_s < np.inf else 0.0, q.now_s - q.memory[LAST_ARRIVAL]
+    q.memory[_SHORT_WORK] = q.memory[_SHORT_WORK] * math.exp(-passed_s / _SHORT_S) + work_s
+    q.memory[_LONG_WORK] = q.memory[_LONG_WORK] * math.exp(-passed_s / _LONG_S) + work_s
+    count_arrival(q)
 
 
 @inner
@@ -249,7 +205,8 @@ def _encode_cluster(
     seen[_C_OWN] = own_s / slo_s if own_s < np.inf else 0.0
     seen[_C_SHORT] = q.memory[_SHORT_WORK] / (_SHORT_S * max(prefill_nodes, 1))
     seen[_C_LONG] = q.memory[_LONG_WORK] / (_LONG_S * max(prefill_nodes, 1))
-    seen[_C_DECODE_RATE] = q.memory[_SHORT_COUNT] / (_SHORT_S * max(decode_nodes, 1))
+    seen[_C_DECODE_RATE] = q.memory[RECENT_ARRIVALS] / (_SHORT_S * max(decode_nodes, 1))
+    seen[_C_RECENT_SLO] = q.memory[RECENT_SLOS] / q.memory[RECENT_ARRIVALS]
     seen[_C_PREFILLS], seen[_C_DECODES] = prefill_nodes, decode_nodes
 
 
@@ -258,7 +215,6 @@ def _encode_decode_node(
     q: Question,
     node: int,
     slo_s: float,
-    rate_rps: float,
     estimates: bool,
     scratch: FloatArray,
     seen: Observation,
@@ -275,13 +231,15 @@ def _encode_decode_node(
     wait_s, limit_s = wait_on_decode_node_s(q, node), tbt_limit_s(q, node, 1.0)
     strictest_s = min(limit_s, LONGEST_TBT_SLO_S)
     planned_s = decode_path_s(q, node, limit_s)
-    join_ttft_s = np.inf
+    join_ttft_s, sources = np.inf, 0
     for source in range(q.rows.shape[1]):
         if source != node and can_prefill(q, source) and holds_prompt(q, source):
+            sources += 1
             join_ttft_s = min(join_ttft_s, scratch[source] + transfer_s(q, source, node))
     join_ttft_s += join_s(q, node)
     fits = holds_more_than_prompt(q, node)
     mask[first_action + _JOIN] = fits and join_ttft_s < np.inf
+    mask[first_action + _LAST] = fits and sources > 1
     mask[first_action + _PLANNED] = mask[first_action + _SAFE] = fits and planned_s < np.inf
     mask[first_action + _LARGE] = mask[first_action + _SMALL] = fits
     seen[row + _D_PRESENT] = -1.0
@@ -303,46 +261,10 @@ def _encode_decode_node(
         seen[row + _D_PLANNED] = (wait_s + planned_s) / slo_s
         seen[row + _D_FEASIBLE] = -1.0 if planned_s < np.inf else 0.0
         seen[row + _D_OCCUPIED] = planned_s
-        large_s, large_breaches = capped_path(q, node, _cap(q, node, _LARGE_TOKENS), limit_s)
-        small_s, small_breaches = capped_path(q, node, _cap(q, node, _SMALL_TOKENS), limit_s)
+        large_s, large_breaches = capped_path(q, node, cap_on(q, node, _LARGE_TOKENS), limit_s)
+        small_s, small_breaches = capped_path(q, node, cap_on(q, node, _SMALL_TOKENS), limit_s)
         seen[row + _D_LARGE] = (wait_s + large_s) / slo_s
         seen[row + _D_LARGE_BREACH] = -min(large_breaches / STEPS_TO_LOSE_TBT, 1.0)
         seen[row + _D_SMALL] = (wait_s + small_s) / slo_s
         seen[row + _D_SMALL_BREACH] = -min(small_breaches / STEPS_TO_LOSE_TBT, 1.0)
-        _encode_costs(q, node, rate_rps, wait_s, planned_s, join_ttft_s, seen, row + _D_EXCESSES)
     return wait_s + planned_s
-
-
-@inner
-def _cap(q: Question, node: int, tokens: int) -> int:
-    """What a cap comes to on a node: no step exceeds the engine's own budget."""
-    return int(min(tokens, q.nodes[node, BUDGET]))
-
-
-@inner
-def _encode_costs(
-    q: Question,
-    node: int,
-    rate_rps: float,
-    wait_s: float,
-    planned_s: float,
-    join_ttft_s: float,
-    seen: Observation,
-    first: int,
-) -> None:
-    """Writes the predicted cost of each of a decode node's actions (`deflector.envs.prices`), still unfolded."""
-    harm, limit_s = join_harm(q, node), tbt_limit_s(q, node, SAFE_SHARE)
-    safe_s = decode_path_s(q, node, limit_s)
-    seen[first + _JOIN] = own_cost(q, join_ttft_s, SPREAD) + harm
-    for rule in range(_PLANNED, RULES):
-        occupied_s, breaches = safe_s, 0.0
-        if rule == _PLANNED:
-            # A schedule rests on a report that is older than its steps, and does not give way to who joins meanwhile.
-            occupied_s, breaches = planned_s, 1.0 if planned_s == safe_s else STEPS_TO_LOSE_TBT
-        elif rule == _LARGE:
-            occupied_s, breaches = capped_path(q, node, _cap(q, node, _LARGE_TOKENS), limit_s)
-        elif rule == _SMALL:
-            occupied_s, breaches = capped_path(q, node, _cap(q, node, _SMALL_TOKENS), limit_s)
-        price = PRICE * queue_price(q, rate_rps, wait_s, occupied_s)
-        own = own_cost(q, wait_s + occupied_s, SPREAD)
-        seen[first + rule] = own + price + chunk_harm(q, node, breaches) + harm

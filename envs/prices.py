@@ -1,6 +1,6 @@
 """What a route is predicted to cost, in SLO misses: the arriving request's own, and everybody else's; compiled.
 
-    cost = P(TTFT miss) + lateness + harm to resident decodes + price of the decode node's time
+    cost = P(TTFT miss) + lateness + harm to resident decodes + price of the node's time
 
 The idea of pricing externalities at a router is that of the public BLIS study, where it lost least to the best static
 plan; its formulas are not public, these are ours. Everything comes from the router's state, predicted steps and the
@@ -13,6 +13,9 @@ recent arrival process. The policy `slo_price` takes the cheapest route; an obse
   decode.
 - price, for a deflection: those who arrive until the decode node is free again may have to wait for as long as this
   request occupies it, or cannot be deflected at all; a second of that is worth 1 / SLO of a miss.
+- price, for a pair (`triage` only): in a queue that grows towards its SLOs a request displaces as many others as fit
+  into its own prefill time. It displaces nobody in a short queue, nor in one that is so long that whoever joins it is
+  late anyway: so a request that cannot be in time is best added to a queue that is lost, and keeps another one alive.
 """
 
 import math
@@ -24,25 +27,57 @@ from deflector.envs.question import BLOCK_SIZE, DECODES, INCOMING, INCOMING_TOKE
 PRICE, SPREAD = 0.8, 0.15
 """Weight of a decode node's time, and width of the logistic as a share of the SLO, tuned on development seeds."""
 LATENESS = 0.02
+"""Weight of TTFT / SLO beside a miss."""
+TRIAGE, TRIAGE_LATENESS = 0.5, 0.04
+"""Weight of the requests that one more displaces in a prefill queue, and of lateness beside it, which bounds how long a
+lost queue grows; tuned on development seeds."""
+HOPELESS, HOPE_WIDTH = 1.5, 0.2
+"""A queue of so many typical SLOs is as good as lost, and how sharply, in typical SLOs."""
 STEPS_TO_LOSE_TBT = 2.0
 RATE_WINDOW_S = 10.0
 """Time constant of the arrival rate that the price goes by."""
 _LONGEST_TTFT_SLO_S = 60.0
+LAST_ARRIVAL, RECENT_ARRIVALS, RECENT_SLOS = range(3)
+"""What is kept in `Question.memory` from one request to the next: exponentially weighted sums over RATE_WINDOW_S."""
 
 
 @inner
-def own_cost(q: Question, ttft_s: float, spread: float) -> float:
+def count_arrival(q: Question) -> None:
+    """Adds the arriving request to the recent rate and to the recent SLOs."""
+    decay = math.exp(-(q.now_s - q.memory[LAST_ARRIVAL]) / RATE_WINDOW_S)
+    q.memory[LAST_ARRIVAL] = q.now_s
+    q.memory[RECENT_ARRIVALS] = q.memory[RECENT_ARRIVALS] * decay + 1.0
+    q.memory[RECENT_SLOS] = q.memory[RECENT_SLOS] * decay + bounded_ttft_slo_s(q)
+
+
+@inner
+def own_cost(q: Question, ttft_s: float, spread: float, lateness: float) -> float:
     """P(TTFT miss) + lateness of the arriving request."""
-    slo_s = _ttft_slo_s(q)
+    slo_s = bounded_ttft_slo_s(q)
     excess = (ttft_s - slo_s) / (spread * slo_s)
     miss = 1.0 / (1.0 + math.exp(-min(max(excess, -50.0), 50.0)))
-    return miss + LATENESS * ttft_s / slo_s
+    return miss + lateness * ttft_s / slo_s
 
 
 @inner
 def queue_price(q: Question, rate_rps: float, wait_s: float, own_s: float) -> float:
     """Expected misses among those who arrive until the node is free, since each waits `own_s` longer."""
-    return rate_rps * (wait_s + own_s) * own_s / _ttft_slo_s(q)
+    return rate_rps * (wait_s + own_s) * own_s / bounded_ttft_slo_s(q)
+
+
+@inner
+def displaced(rate_rps: float, typical_slo_s: float, wait_s: float, own_s: float) -> float:
+    """Requests that one of `own_s` seconds displaces in a prefill queue of `wait_s` seconds.
+
+    Args:
+        rate_rps: Arrivals per second and prefill node.
+        typical_slo_s: Mean TTFT SLO of recent requests.
+        wait_s: Seconds of prefill ahead.
+        own_s: Seconds of its own prefill.
+    """
+    filled = wait_s / typical_slo_s
+    hope = 1.0 / (1.0 + math.exp(min((filled - HOPELESS) / HOPE_WIDTH, 50.0)))
+    return rate_rps * own_s * min(filled, 1.0) * hope
 
 
 @inner
@@ -66,6 +101,6 @@ def join_harm(q: Question, node: int) -> float:
 
 
 @inner
-def _ttft_slo_s(q: Question) -> float:
+def bounded_ttft_slo_s(q: Question) -> float:
     """The request's TTFT SLO; a request without one is treated as if it had a very long one."""
     return min(q.ttft_slo_s, _LONGEST_TTFT_SLO_S)

@@ -60,6 +60,8 @@ class Cluster(IntEnum):
     """log(1 + cost) of the cheapest possible action, see `deflector.envs.prices`."""
     DEFAULT_EXCESS = 13
     """log(1 + (cost of the default route - least cost) / COST_GRAIN)."""
+    RECENT_TTFT_SLO = 14
+    """log(1 + seconds), the mean TTFT SLO of the requests of the last 10 s."""
 
 
 class Prefill(IntEnum):
@@ -135,6 +137,8 @@ class Decode(IntEnum):
     """The same in chunks of `CAPS_TOKENS[0]`, held against SAFE_SHARE of the TBT SLOs."""
     SMALL_EXCESS = 25
     """The same in chunks of `CAPS_TOKENS[1]`."""
+    JOIN_LAST_EXCESS = 26
+    """The same as JOIN_EXCESS, by the longest queue."""
 
 
 class Rule(IntEnum):
@@ -150,6 +154,9 @@ class Rule(IntEnum):
     """Deflected, in chunks of at most `CAPS_TOKENS[0]`."""
     CAP_SMALL = 4
     """Deflected, in chunks of at most `CAPS_TOKENS[1]`."""
+    JOIN_LAST = 5
+    """Prefilled on the node with the greatest predicted TTFT, then transferred: who is late anyway displaces nobody in
+    a queue that is lost. Possible if there are two such nodes."""
 
 
 RULES = len(Rule)
@@ -159,7 +166,7 @@ PREFILL_ESTIMATES = (Prefill.TTFT,)
 DECODE_ESTIMATES = tuple(feature for feature in Decode if feature >= Decode.STEP)
 """Features that are the analytical model's own predictions, zero where they are switched off."""
 
-RULE_EXCESSES = slice(Decode.JOIN_EXCESS, Decode.SMALL_EXCESS + 1)
+RULE_EXCESSES = slice(Decode.JOIN_EXCESS, Decode.JOIN_LAST_EXCESS + 1)
 """A decode node's features that tell how much its actions cost more than the cheapest, in the order of `Rule`."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deflector.envs.errors import InputError
-from deflector.envs.prices import PRICE, SPREAD
+from deflector.envs.prices import PRICE, SPREAD, TRIAGE, TRIAGE_LATENESS
 from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.state import CHUNK_CANDIDATES
 
@@ -38,7 +38,8 @@ class PolicyInfo:
     base: str = ""
 
 
-NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD, CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE = range(9)
+NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD = range(5)
+CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE, BY_TRIAGE = range(5, 10)
 
 _LARGEST_CHUNK, _SMALLEST_CHUNK = CHUNK_CANDIDATES[0], CHUNK_CANDIDATES[-1]
 
@@ -71,6 +72,17 @@ POLICIES: dict[str, PolicyInfo] = {
             "beta": (0.9, 0.01, 10),
         },
         "least predicted SLO misses, the arriving request's and everybody else's",
+    ),
+    "triage": PolicyInfo(
+        BY_TRIAGE,
+        {
+            "price": (PRICE, 0, 1e6),
+            "spread": (SPREAD, 1e-3, 10),
+            "beta": (0.9, 0.01, 10),
+            "triage": (TRIAGE, 0, 1e6),
+            "lateness": (TRIAGE_LATENESS, 0, 1e6),
+        },
+        "the same, and whoever would be late anyway joins a queue that is lost, to keep the others short",
     ),
     "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
     "oracle_lookahead": PolicyInfo(

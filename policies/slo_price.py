@@ -1,13 +1,13 @@
-"""A router that prices harm: the predicted SLO miss of the arriving request plus what it costs everybody else.
+"""Routers that price harm: the predicted SLO miss of the arriving request plus what it costs everybody else.
 
 Every (prefill, decode) pair and every deflection (in the largest safe chunks, or capped at each candidate size) gets
 the cost that `deflector.envs.prices` explains, and the cheapest is taken.
 
-Pricing the queue on a prefill node in the same way was tried and lost: at equal total weight, the more of it lay on the
-prefill queue, the fewer SLOs were met (.776 against .806 over 36 development runs).
+`slo_price` prices decode nodes alone: a price that only grows with the prefill queue was tried and lost (at equal total
+weight, the more of it lay on the prefill queue, the fewer SLOs were met: .776 against .806 over 36 development runs).
+`triage` prices the prefill queues by whom a request displaces there, which falls to nothing in a queue that is lost: in
+a burst it gives up one queue, to which all go that would be late anyway, and keeps the others short.
 """
-
-import math
 
 import numpy as np
 
@@ -22,7 +22,18 @@ from deflector.envs.estimates import (
     wait_on_decode_node_s,
     work_ahead_s,
 )
-from deflector.envs.prices import RATE_WINDOW_S, chunk_harm, join_harm, own_cost, queue_price
+from deflector.envs.prices import (
+    LATENESS,
+    RATE_WINDOW_S,
+    RECENT_ARRIVALS,
+    RECENT_SLOS,
+    chunk_harm,
+    count_arrival,
+    displaced,
+    join_harm,
+    own_cost,
+    queue_price,
+)
 from deflector.envs.question import (
     BUDGET,
     Question,
@@ -39,29 +50,43 @@ from deflector.envs.state import CHUNK_CANDIDATES, Reason
 
 _LOWEST_COST = int(Reason.LOWEST_COST)
 
-PRICE, SPREAD, BETA = 0, 1, 2
+PRICE, SPREAD, BETA, WEIGHT, LATE = range(5)
 SAFE = -1
-_LAST_ARRIVAL, _DECAYED_ARRIVALS = 0, 1
 
 
 @inner
 def slo_price(q: Question) -> None:
+    """Takes the candidate with the lowest cost, prefill queues being free."""
+    _cheapest(q, 0.0, LATENESS)
+
+
+@inner
+def triage(q: Question) -> None:
     """Takes the candidate with the lowest cost."""
-    rate_rps = _recent_rate(q)
-    decode_nodes = 0
+    _cheapest(q, q.parameters[WEIGHT], q.parameters[LATE])
+
+
+@inner
+def _cheapest(q: Question, weight: float, lateness: float) -> None:
+    count_arrival(q)
+    rate_rps = q.memory[RECENT_ARRIVALS] / RATE_WINDOW_S
+    typical_slo_s = q.memory[RECENT_SLOS] / q.memory[RECENT_ARRIVALS]
+    decode_nodes, prefill_nodes = 0, 0
     for node in range(q.rows.shape[1]):
         decode_nodes += can_decode(q, node)
+        prefill_nodes += can_prefill(q, node)
     best_cost, source, target, cap = np.inf, -1, -1, 0
     pair_s, here_s = np.inf, np.inf
     for p in range(q.rows.shape[1]):
         if not can_prefill(q, p):
             continue
         wait_s, own_s = work_ahead_s(q, p), own_prefill_s(q, p)
+        price = weight * displaced(rate_rps / prefill_nodes, typical_slo_s, wait_s, own_s)
         for d in range(q.rows.shape[1]):
             if d == p or not can_decode(q, d):
                 continue
             ttft_s = wait_s + own_s + transfer_s(q, p, d) + join_s(q, d)
-            cost = own_cost(q, ttft_s, q.parameters[SPREAD]) + join_harm(q, d)
+            cost = own_cost(q, ttft_s, q.parameters[SPREAD], lateness) + join_harm(q, d) + price
             pair_s = min(pair_s, ttft_s)
             if cost < best_cost:
                 best_cost, source, target, cap = cost, p, d, 0
@@ -81,7 +106,7 @@ def slo_price(q: Question) -> None:
             if occupied_s == np.inf:
                 continue
             price = q.parameters[PRICE] * queue_price(q, rate_rps / decode_nodes, wait_s, occupied_s)
-            own = own_cost(q, wait_s + occupied_s, q.parameters[SPREAD])
+            own = own_cost(q, wait_s + occupied_s, q.parameters[SPREAD], lateness)
             cost = own + price + chunk_harm(q, d, breaches) + join_harm(q, d)
             here_s = min(here_s, wait_s + occupied_s)
             if cost < best_cost:
@@ -97,12 +122,3 @@ def slo_price(q: Question) -> None:
             use_largest_safe(q, tbt_limit_s(q, target, q.parameters[BETA]))
         else:
             use_cap(q, cap)
-
-
-@inner
-def _recent_rate(q: Question) -> float:
-    """Arrivals per second over the last seconds, exponentially weighted; counts the present one."""
-    passed_s = q.now_s - q.memory[_LAST_ARRIVAL]
-    q.memory[_LAST_ARRIVAL] = q.now_s
-    q.memory[_DECAYED_ARRIVALS] = q.memory[_DECAYED_ARRIVALS] * math.exp(-passed_s / RATE_WINDOW_S) + 1.0
-    return q.memory[_DECAYED_ARRIVALS] / RATE_WINDOW_S
