@@ -38,6 +38,9 @@ class PolicyInfo:
     base: str = ""
 
 
+SHIPPED = Path(__file__).with_name("pretrained")
+"""Folder of the learned policy that comes with the package; its README.md is the model card."""
+
 NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD = range(5)
 CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE, BY_TRIAGE = range(5, 10)
 
@@ -84,7 +87,7 @@ POLICIES: dict[str, PolicyInfo] = {
         },
         "the same, and whoever would be late anyway joins a queue that is lost, to keep the others short",
     ),
-    "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
+    "learned": PolicyInfo(-1, {}, "a trained network: the one that comes along, or PATH, as deflector export wrote it", kind="learned"),
     "oracle_lookahead": PolicyInfo(
         -1,
         {"horizon_s": (2, 0, math.inf)},
@@ -102,7 +105,7 @@ class PolicySpec:
     Attributes:
         name: Key of `POLICIES`.
         parameters: All of them, defaults filled in.
-        path: Folder of a learned policy; empty for all others.
+        path: Folder of a learned policy, `SHIPPED` if none is named; empty for all others.
         base: The analytical policy that it builds on; empty if it takes none.
     """
 
@@ -125,6 +128,8 @@ class PolicySpec:
 def parse_policy(text: str) -> PolicySpec:
     """Reads `name`, `name:key=value,key=value` or `learned:PATH`; a path may hold anything but a comma.
 
+    `learned` alone is the policy that comes with the package.
+
     Raises:
         InputError: Saying what is allowed.
     """
@@ -134,7 +139,8 @@ def parse_policy(text: str) -> PolicySpec:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"unknown policy '{name}': {hint}known are {', '.join(POLICIES)}")
     if POLICIES[name].kind == "learned":
-        return PolicySpec(name, {}, path=_checked_path(text, tail.strip()))
+        path = str(SHIPPED) if text.strip() == name else _checked_path(text, tail.strip())
+        return PolicySpec(name, {}, path=path)
     allowed, base = POLICIES[name].parameters, POLICIES[name].base
     values = {key: default for key, (default, _, _) in allowed.items()}
     for item in filter(None, (part.strip() for part in tail.split(","))):
@@ -211,7 +217,7 @@ def policy_names(kind: str | None = None) -> tuple[str, ...]:
 def policy_labels(policies: Iterable[str]) -> dict[str, str]:
     """What tables call policies: of a learned one's path, as much of its end as tells it from the others."""
     specs = {text: parse_policy(text) for text in policies}
-    ends = {text: Path(spec.path).parts or (spec.path,) for text, spec in specs.items() if spec.path}
+    ends = {text: Path(spec.path).parts or (spec.path,) for text, spec in specs.items() if text.startswith("learned:")}
     labels = {text: text for text in specs}
     for text, parts in ends.items():
         others = [other for other in ends.values() if other != parts]
@@ -228,5 +234,5 @@ def describe_policies() -> list[tuple[str, str, str]]:
     for name, info in POLICIES.items():
         parameters = [f"{key}={default:g}" for key, (default, _, _) in info.parameters.items()]
         parameters += [f"base={info.base}"] if info.base else []
-        described.append((name, "PATH" if info.kind == "learned" else ", ".join(parameters), info.summary))
+        described.append((name, "[PATH]" if info.kind == "learned" else ", ".join(parameters), info.summary))
     return described

@@ -69,11 +69,11 @@ class EquivariantNetwork(nn.Module):
     def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (batch, 1 + decode_nodes * RULES) and values (batch, 1) of observations (batch, length)."""
         context, decode = self._encode(seen)
-        return self._logits(seen, context, decode), self._value(context)
+        return self._logits(*self._features(seen, context, decode)), self._value(context)
 
     def forward_actor(self, seen: Tensor) -> Tensor:
         """The logits alone."""
-        return self._logits(seen, *self._encode(seen))
+        return self._logits(*self.features(seen))
 
     def most_likely(self, seen: Observation, masks: Mask) -> IntArray:
         """(batch,) the possible actions with the largest logits."""
@@ -106,11 +106,23 @@ class EquivariantNetwork(nn.Module):
     def _decode_rows(self, seen: Tensor) -> Tensor:
         return seen[:, self._first_decode :].reshape(-1, self.decode_nodes, _DECODE_WIDTH)
 
-    def _logits(self, seen: Tensor, context: Tensor, decode: Tensor) -> Tensor:
+    def features(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the logits are linear in.
+
+        Returns:
+            (batch, width) for the default route, (batch, decode_nodes, width) for the rules, and the excesses of their
+            predicted costs, (batch, 1) and (batch, decode_nodes, RULES).
+        """
+        return self._features(seen, *self._encode(seen))
+
+    def _features(self, seen: Tensor, context: Tensor, decode: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         whole = torch.relu(self.context(context))
         hidden = torch.relu(self.action_rows(decode) + self.action_context(whole)[:, None])
-        default = self.default_out(whole) - self.cost_weight * seen[:, Cluster.DEFAULT_EXCESS, None]
-        rules = self.action_out(hidden) - self.cost_weight * self._decode_rows(seen)[:, :, RULE_EXCESSES]
+        return whole, hidden, seen[:, Cluster.DEFAULT_EXCESS, None], self._decode_rows(seen)[:, :, RULE_EXCESSES]
+
+    def _logits(self, whole: Tensor, hidden: Tensor, default_excess: Tensor, excesses: Tensor) -> Tensor:
+        default = self.default_out(whole) - self.cost_weight * default_excess
+        rules = self.action_out(hidden) - self.cost_weight * excesses
         return torch.cat([default, rules.flatten(1)], 1)
 
     def _value(self, context: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from deflector.training.run_folder import Progressed, RunFolder
 from deflector.training.sb3_logging import TrackerOutput
 from deflector.training.semi_markov import ElapsedTime
 from deflector.training.tracking import Tracker, make_tracker
-from deflector.training.train_config import TrainConfig, read_config
+from deflector.training.train_config import NETWORK, TrainConfig, read_config
 from deflector.training.train_evolution import run_evolution
 from deflector.training.train_flags import Train
+from deflector.training.train_readout import run_readout_evolution
 from deflector.training.validation import Validated, Validator
 from deflector.training.validation_report import draw_validation, print_validation
 from deflector.training.vec_env import DeflectionVecEnv
@@ -86,10 +87,12 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         InputError: In one line, with the remedy.
         OSError: If the last checkpoint or the results cannot be written.
     """
-    if flags.resume is not None and (flags.config or flags.out or flags.changes()):
+    if flags.preset is not None and flags.config is not None:
+        raise InputError("--preset and --config: give one of the two; --print-config --preset NAME makes a file of it")
+    if flags.resume is not None and (flags.preset or flags.config or flags.out or flags.changes()):
         raise InputError("--resume: a run keeps its own configuration and folder: leave the other flags out")
     folder = None if flags.resume is None else RunFolder.resume(flags.resume)
-    config = read_config(flags.config, flags.changes()) if folder is None else folder.config
+    config = read_config(flags.config or _preset(flags.preset), flags.changes()) if folder is None else folder.config
     if flags.print_config:
         console.print(config.as_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
         return {}
@@ -98,6 +101,11 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         folder = folder or RunFolder.begin(flags.out or f"runs/{config.algorithm}-seed{config.seed}", config)
         trained = _tracked(folder, prepared, flags.track, progress, console)
     return _finish(flags, folder, trained, console)
+
+
+def _preset(name: str | None) -> str | None:
+    """The file of a preset."""
+    return None if name is None else str(Path(__file__).parent / "presets" / f"{name}.yaml")
 
 
 def prepare(config: TrainConfig, progress: Progress) -> Prepared:
@@ -144,6 +152,9 @@ def run(folder: RunFolder, prepared: Prepared, tracker: Tracker, progress: Progr
         tracker.table("validation", decisions, *found.table())
         tracker.figure("validation", decisions, draw_validation(found))
 
+    if folder.config.algorithm == "evolution" and folder.config.evolution.policy == NETWORK:
+        found = run_readout_evolution(folder, prepared.lanes.schema, prepared.validator, tracker, progress, report)
+        return Trained(*found, None)
     if folder.config.algorithm == "evolution":
         policy, decisions, validated = run_evolution(folder, prepared.validator, tracker, progress, report)
         return Trained(policy, decisions, validated, (validated.attainment, decisions), None)

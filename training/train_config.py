@@ -11,6 +11,9 @@ from deflector.envs.errors import InputError
 from deflector.envs.scenarios import ScenarioSettings
 from deflector.policies.registry import parse_analytical, parse_policy
 
+NETWORK = "network"
+"""`Evolution.policy` of a network's readout."""
+
 Positive = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -115,10 +118,12 @@ class Validation(_Section):
 
 
 class Evolution(_Section):
-    """CMA-ES on an analytical policy's parameters, on a logarithmic scale around their defaults."""
+    """CMA-ES on an analytical policy's parameters, on a logarithmic scale; or on the network's readout."""
 
     policy: str = "slo_price"
-    """Whose parameters."""
+    """Whose parameters; `network` for those of the network's logits, its features staying as they were drawn."""
+    waiting_weight: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """What a request pays for each TTFT SLO that it waits, beside 1 for an SLO missed; of the network alone."""
     population: Annotated[int, Field(ge=4, le=1000)] = 12
     """Candidates of a generation."""
     episodes: Natural = 12
@@ -158,7 +163,8 @@ class TrainConfig(_Section):
     def _names_exist(self) -> "TrainConfig":
         for name in self.validation.policies:
             parse_policy(name)
-        if not parse_analytical(self.evolution.policy).parameters and self.algorithm == "evolution":
+        rule = None if self.evolution.policy == NETWORK else parse_analytical(self.evolution.policy)
+        if rule is not None and not rule.parameters and self.algorithm == "evolution":
             raise ValueError(f"evolution.policy: {self.evolution.policy} has no parameters: choose such as slo_price")
         if self.rollout_decisions % self.on_policy.batch_size == 1:
             raise ValueError(

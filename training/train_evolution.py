@@ -18,7 +18,7 @@ def run_evolution(
     progress: Progress,
     report: Callable[[Validated, int], None],
 ) -> tuple[str, int, Validated]:
-    """Evolves the parameters that the folder's configuration names; generations that a killed run left are not played.
+    """Evolves an analytical policy's parameters as the folder's configuration says; generations that a killed run left are not played.
 
     The curve keeps every generation with the costs of its candidates; `best.json` names the policy.
 
