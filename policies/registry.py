@@ -87,7 +87,9 @@ POLICIES: dict[str, PolicyInfo] = {
         },
         "the same, and whoever would be late anyway joins a queue that is lost, to keep the others short",
     ),
-    "learned": PolicyInfo(-1, {}, "a trained network: the one that comes along, or PATH, as deflector export wrote it", kind="learned"),
+    "learned": PolicyInfo(
+        -1, {}, "a trained network: the one that comes along, or PATH, as deflector export wrote it", kind="learned"
+    ),
     "oracle_lookahead": PolicyInfo(
         -1,
         {"horizon_s": (2, 0, math.inf)},

@@ -18,9 +18,9 @@ def run_evolution(
     progress: Progress,
     report: Callable[[Validated, int], None],
 ) -> tuple[str, int, Validated]:
-    """Evolves an analytical policy's parameters as the folder's configuration says; generations that a killed run left are not played.
+    """Evolves an analytical policy's parameters as the folder's configuration says.
 
-    The curve keeps every generation with the costs of its candidates; `best.json` names the policy.
+    Generations that a killed run left are not played. The curve keeps every generation with the costs of its candidates; `best.json` names the policy.
 
     Returns:
         The policy's name, the decisions of the whole search, and the policy's validation.
