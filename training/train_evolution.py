@@ -20,7 +20,8 @@ def run_evolution(
 ) -> tuple[str, int, Validated]:
     """Evolves an analytical policy's parameters as the folder's configuration says.
 
-    Generations that a killed run left are not played. The curve keeps every generation with the costs of its candidates; `best.json` names the policy.
+    Generations that a killed run left are not played. The curve keeps every generation with the costs of its
+    candidates; `best.json` names the policy.
 
     Returns:
         The policy's name, the decisions of the whole search, and the policy's validation.
