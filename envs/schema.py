@@ -25,8 +25,9 @@ CAPS_TOKENS = (2048, 512)
 SAFE_SHARE = 0.9
 """Share of the strictest TBT SLO that a step may take under the rule LARGEST_SAFE."""
 
-COST_GRAIN = 1e-4
-"""Predicted costs (`deflector.envs.prices`) that differ by less are hardly told apart; misses, or shares of one."""
+COST_GRAIN = 0.02
+"""Differences of predicted costs (`deflector.envs.prices`) are seen on a scale that is linear below it, logarithmic above;
+in misses, or shares of one."""
 
 
 class Cluster(IntEnum):

@@ -1,9 +1,10 @@
 """CMA-ES on what the network makes of its features: the weights of its logits, and that of the predicted costs.
 
 The features, all layers below the logits, stay as they were drawn: random ones, of which a linear readout is learned
-(random features: Rahimi and Recht 2007). So the candidates of a generation share one pass through the network, all play
-the same episodes side by side, and what is compared is what counts in the end: whole episodes, whatever passes between
-a decision and its price. The covariance is kept diagonal (sep-CMA-ES: Ros and Hansen 2008).
+(random features: Rahimi and Recht 2007), the same for all nodes, so that between nodes predicted costs decide alone. The
+candidates of a generation share one pass through the network, all play the same episodes side by side, and what is
+compared is what counts in the end: whole episodes, whatever passes between a decision and its price. The covariance is
+kept diagonal (sep-CMA-ES: Ros and Hansen 2008).
 """
 
 import warnings
@@ -51,7 +52,9 @@ class Readout:
     """The evolved part of a network as a vector: weights of its logits, and that of the predicted costs."""
 
     def __init__(self, network: EquivariantNetwork) -> None:
-        """Looks at a network, whose readout is the start."""
+        """Looks at a network, whose readout is the start; its corrections no longer differ from node to node."""
+        with torch.no_grad():
+            network.action_rows.weight.zero_()
         self._parameters = [
             network.action_out.weight, network.action_out.bias, network.default_out.weight, network.default_out.bias,
             network.cost_weight,
