@@ -26,8 +26,8 @@ SAFE_SHARE = 0.9
 """Share of the strictest TBT SLO that a step may take under the rule LARGEST_SAFE."""
 
 COST_GRAIN = 0.02
-"""Differences of predicted costs (`deflector.envs.prices`) are seen on a scale that is linear below it, logarithmic above;
-in misses, or shares of one."""
+"""Differences of predicted costs (`deflector.envs.prices`) are seen on a scale that is linear below it and logarithmic
+above; in misses, or shares of one."""
 
 
 class Cluster(IntEnum):

@@ -1,8 +1,8 @@
 """CMA-ES on what the network makes of its features: the weights of its logits, and that of the predicted costs.
 
 The features, all layers below the logits, stay as they were drawn: random ones, of which a linear readout is learned
-(random features: Rahimi and Recht 2007), the same for all nodes, so that between nodes predicted costs decide alone. The
-candidates of a generation share one pass through the network, all play the same episodes side by side, and what is
+(random features: Rahimi and Recht 2007), the same for all nodes, so that between nodes predicted costs decide alone.
+The candidates of a generation share one pass through the network, all play the same episodes side by side, and what is
 compared is what counts in the end: whole episodes, whatever passes between a decision and its price. The covariance is
 kept diagonal (sep-CMA-ES: Ros and Hansen 2008).
 """
