@@ -305,3 +305,9 @@ def imagine(b: Belief, routed: int, uniforms: FloatArray) -> None:
         prompt = int(b.book[like, PROMPT])
         output = geometric(mean, uniforms[k, 2], _longest_output(b, -1, prompt, b.book[like, MAX_OUTPUT]))
         _write(b, first + k, arrival_s, prompt, output, b.book[like, TTFT_SLO], b.book[like, TBT_SLO])
+
+
+@entry
+def likely_output_tokens(learned: FloatArray) -> float:
+    """The mean output length that is most likely by what has been learned."""
+    return mean_output_tokens(learned)

@@ -63,6 +63,8 @@ class Search(NamedTuple):
         answer: (DECISION_LENGTH,) float64, the forks' own.
         iterations: (num_nodes,) float64, the forks' own.
         candidates: What is tried.
+        spread: Half-width, as a share of the TTFT SLO, of the slope that takes the place of the step from attained to
+            missed; 0 for what `envs.rewards` charges.
         costs: (1 + actions, horizons, samples) float64, written; inf for a candidate that is left out.
     """
 
@@ -79,6 +81,7 @@ class Search(NamedTuple):
     answer: FloatArray
     iterations: FloatArray
     candidates: Candidates
+    spread: float
     costs: FloatArray
 
 
@@ -244,7 +247,7 @@ def _mean_the_same(decisions: FloatArray, one: int, other: int) -> bool:
 @inner
 def _charge(s: Search, w: World, sample: int, candidate: int, now_s: float, request: int) -> None:
     """Adds what a request has cost, the less the later from now it arrives."""
-    cost = _cost(w, request, s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT])
+    cost = _cost(w, request, s.spread, s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT])
     after_s = w.requests[request, at.IN_ARRIVAL] - now_s
     for h in range(len(s.horizons_s)):
         if after_s <= 0.0:
@@ -254,15 +257,23 @@ def _charge(s: Search, w: World, sample: int, candidate: int, now_s: float, requ
 
 
 @inner
-def _cost(w: World, request: int, ttft_slo_s: float, tbt_slo_s: float) -> float:
-    """What `envs.rewards` charges for a request altogether: 1 if it misses its SLOs, and a little for waiting."""
+def _cost(w: World, request: int, spread: float, ttft_slo_s: float, tbt_slo_s: float) -> float:
+    """What `envs.rewards` charges for a request altogether: 1 if it misses its SLOs, and a little for waiting.
+
+    With a spread, a TTFT near the SLO is a share of a miss: what a hair decides in a future that is only imagined
+    says little, and on average over futures the share is the probability.
+    """
     ttft_s, p99_s = w.requests[request, _FIRST_TOKEN] - w.requests[request, at.IN_ARRIVAL], w.requests[request, _P99]
-    attained = w.requests[request, _STATUS] == _FINISHED and ttft_s <= ttft_slo_s
-    attained = attained and (np.isnan(p99_s) or p99_s <= tbt_slo_s)
+    if w.requests[request, _STATUS] != _FINISHED or p99_s > tbt_slo_s or np.isnan(ttft_s):
+        miss = 1.0
+    elif spread > 0.0:
+        miss = min(max(0.5 + 0.5 * (ttft_s / ttft_slo_s - 1.0) / spread, 0.0), 1.0)
+    else:
+        miss = 0.0 if ttft_s <= ttft_slo_s else 1.0
     ratio = MOST_WAITING if np.isnan(ttft_s) else min(ttft_s / ttft_slo_s, MOST_WAITING)
     if ttft_slo_s == np.inf:
         ratio = 0.0
-    return (0.0 if attained else 1.0) + WAITING_WEIGHT * ratio
+    return miss + WAITING_WEIGHT * ratio
 
 
 @inner

@@ -8,7 +8,7 @@ from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray, World, grown, new_world
 from deflector.envs.state import ClusterState, StateRow
 from deflector.envs.workload import Workload
-from deflector.policies.belief import believe, imagine
+from deflector.policies.belief import believe, imagine, likely_output_tokens
 from deflector.policies.fork import LEFT_OUT, Candidates, Search, try_candidates
 from deflector.policies.router_book import LEARNED, LONGEST_OUTPUT_TOKENS, NODE_COLUMNS, Belief
 
@@ -35,6 +35,7 @@ class Imagination:
         parameters: FloatArray,
         memory: FloatArray,
         horizon_s: float,
+        spread: float,
     ) -> None:
         """Room for a cluster.
 
@@ -46,19 +47,30 @@ class Imagination:
             parameters: Its parameters.
             memory: What it remembers after the decision.
             horizon_s: How long from a decision arriving requests are charged for it.
+            spread: See `Search`.
         """
         nodes = facts.nodes.copy()
         nodes[:, [NodeField.NOISE_SIGMA, NodeField.DRIFT_PER_S, NodeField.PREFIX_CACHING]] = 0.0
         self._facts = ClusterFacts(nodes, facts.tables, facts.profiles)
         self._candidates, self._book = candidates, book
         self._policy, self._parameters, self._memory = policy, parameters, memory
-        self._horizon_s = np.array([horizon_s])
+        self._horizon_s, self._spread = np.array([horizon_s]), spread
         self._costs = np.zeros((len(candidates.twins), 1, 1))
         self._rows, self._iterations = np.zeros((len(StateRow), facts.num_nodes)), np.zeros(facts.num_nodes)
         self._answer, self._played = np.zeros(at.DECISION_LENGTH), np.zeros(MEMORY)
         self._learned = np.zeros(LEARNED)
         self._tbt_slos_s: list[float] = []
         self._make_room(256)
+
+    @property
+    def cluster(self) -> World:
+        """What was last believed: a run at the decision on the request at hand."""
+        return self._search.run
+
+    @property
+    def mean_output_tokens(self) -> float:
+        """The mean output length that is most likely by now."""
+        return likely_output_tokens(self._learned)
 
     def note_tbt_slo(self, tbt_slo_s: float) -> None:
         """Tells a TBT SLO apart from others; after sixteen, a further one counts as the next stricter."""
@@ -131,5 +143,5 @@ class Imagination:
         return Search(
             run, fork, w.requests[None, :requests], self._belief.slos[None], self._horizon_s, self._policy,
             self._parameters, self._memory, self._played, self._rows, self._answer, self._iterations,
-            self._candidates, self._costs,
+            self._candidates, self._spread, self._costs,
         )  # fmt: skip

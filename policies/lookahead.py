@@ -103,7 +103,7 @@ class Lookahead:
             return Search(
                 world, self._fork_of(world), world.requests[None] if futures is None else futures, slos,
                 self._horizons_s, self._number, self._parameters, self._memory, self._played, rows, self._answer,
-                iterations, candidates, costs,
+                iterations, candidates, 0.0, costs,
             )  # fmt: skip
 
         propose_at_run(search())

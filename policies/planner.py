@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from deflector.envs.actions import DEFAULT_ACTION
 from deflector.envs.cluster import ClusterFacts
 from deflector.envs.question import MEMORY
-from deflector.envs.schema import RULES
+from deflector.envs.schema import RULES, Rule
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.simulator.routing import decode_decision
@@ -26,14 +27,25 @@ from deflector.policies.router_book import BOOK_WIDTH, BOOKED, SEEN
 
 BOOK = 512
 """Requests that the planner remembers."""
-KEPT = 3
-"""Candidates that are played on in a second future and more, the base policy's decision among them."""
+HALVE_AFTER = (2, 6)
+"""Futures after which the worse half of the candidates is given up."""
+RULES_TRIED = (Rule.JOIN, Rule.SAFE)
+"""Other ways to deflect were tried and cost time and TBT SLOs: a plan or a cap does not give way to who joins later."""
 MARGIN = 1.3
 """A play is reckoned to take so many times as long as the last ones did for each request in them."""
 
 
 class Planner:
-    """Routes by thinking ahead from what a router knows."""
+    """Routes by thinking ahead from what a router knows.
+
+    Attributes:
+        spec: `lookahead` with its parameters: `budget_us` for a decision, `samples` futures at most, `horizon_s` for
+            which arriving requests count, `spread` of the step at the TTFT SLO, and `doubt`: by how many standard
+            errors another decision must be better than the base policy's.
+        imagination: Where it thinks, since its first decision that left time for it.
+    """
+
+    imagination: Imagination
 
     def __init__(self, spec: PolicySpec, clock: Callable[[], float] = time.perf_counter) -> None:
         """A planner that has seen no request yet.
@@ -57,7 +69,9 @@ class Planner:
         self._book, self._seen = np.zeros((BOOK, BOOK_WIDTH)), 0
         self._facts: ClusterFacts | None = None
         self._candidates = new_candidates(1)
+        self._worth: set[int] = set()
         self._request_s: float | None = None
+        self._variance = 0.1
 
     def decide(self, state: ClusterState, request: Request) -> Decision:
         """Routes one request; to be called once for each, since the planner remembers what it has sent where."""
@@ -65,16 +79,25 @@ class Planner:
         facts = state.facts
         if facts is not self._facts:
             self._facts, self._candidates = facts, new_candidates(2 + RULES * int(facts.can_decode.sum()))
-            self._imagination = Imagination(
-                facts, self._candidates, self._book, self._number, self._parameters, self._memory, self._horizon_s
+            self.imagination = Imagination(
+                facts,
+                self._candidates,
+                self._book,
+                self._number,
+                self._parameters,
+                self._memory,
+                self._horizon_s,
+                self.spec.parameters["spread"],
             )
+            actions = range(1, len(self._candidates.twins) - 1)
+            self._worth = {BASE, 1 + DEFAULT_ACTION, *(1 + a for a in actions if (a - 1) % RULES in RULES_TRIED)}
         row = self._book[self._seen % BOOK]
         row[BOOKED:] = -1.0
         row[:BOOKED] = (
             state.now_s, request.arrival_s, request.prompt_tokens, request.ttft_slo_s, request.tbt_slo_s,
             request.max_output_tokens, 0.0,
         )  # fmt: skip
-        self._imagination.note_tbt_slo(request.tbt_slo_s)
+        self.imagination.note_tbt_slo(request.tbt_slo_s)
         propose_to_router(
             self._number, state.now_s, request.prompt_tokens, request.ttft_slo_s, request.tbt_slo_s, state.rows,
             facts.nodes, facts.tables, self._parameters, self._memory, self._answer, self._candidates,
@@ -86,10 +109,10 @@ class Planner:
 
     def _think(self, state: ClusterState, end_s: float) -> int:
         """The best candidate as far as there is time to tell."""
-        tried = [k for k, twin in enumerate(self._candidates.twins.tolist()) if twin == k]
+        tried = [k for k, twin in enumerate(self._candidates.twins.tolist()) if twin == k and k in self._worth]
         if len(tried) < 2 or self._time_left_s(end_s) <= 0:
             return BASE
-        requests = self._imagination.believe(state, self._seen, self._rate_rps(state.now_s))
+        requests = self.imagination.believe(state, self._seen, self._rate_rps(state.now_s))
         gains: list[FloatArray] = []
         for sample in range(self._samples):
             affordable = tried[: self._plays_left(end_s, requests)]
@@ -97,21 +120,26 @@ class Planner:
                 break
             tried = affordable
             began_s = self._clock() if end_s < np.inf else 0.0
-            costs = self._imagination.play(tried, self._seen, self._random)
+            costs = self.imagination.play(tried, self._seen, self._random)
             if end_s < np.inf:
                 self._note_time((self._clock() - began_s) / (len(tried) * requests))
             gains.append(costs[BASE] - costs)
-            if sample == 0:
-                tried = [BASE, *sorted(tried[1:], key=lambda k: float(costs[k]))[: KEPT - 1]]
-        # The first future has chosen who goes on, and chance with it: it says nothing more.
-        return self._best(np.array(gains[1:]), tried) if len(gains) > 1 else BASE
+            self._spread_of_gains(gains[-1][tried[1:]])
+            if sample + 1 in HALVE_AFTER:
+                mean = np.mean(gains, axis=0)
+                tried = [BASE, *sorted(tried[1:], key=lambda k: -float(mean[k]))[: max(1, len(tried) // 2)]]
+        return self._best(np.array(gains), tried) if gains else BASE
 
     def _best(self, gains: FloatArray, tried: list[int]) -> int:
         """The candidate that gained most over the base policy's decision, if that is more than chance explains."""
         mean = gains[:, tried].mean(axis=0)
         best = int(np.argmax(mean))
-        error = float(gains[:, tried[best]].std()) / max(len(gains) - 1, 1) ** 0.5
+        error = (self._variance / len(gains)) ** 0.5
         return tried[best] if mean[best] > max(self._doubt * error, LEAST_GAIN) else BASE
+
+    def _spread_of_gains(self, gains: FloatArray) -> None:
+        """Learns how much gains differ from future to future, over all decisions: one has too few to tell."""
+        self._variance += 0.02 * (float(np.mean(np.square(gains))) - self._variance)
 
     def _rate_rps(self, now_s: float) -> float:
         """Requests per second that have come last."""

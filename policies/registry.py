@@ -75,7 +75,13 @@ POLICIES: dict[str, PolicyInfo] = {
     "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
     "lookahead": PolicyInfo(
         -1,
-        {"budget_us": (500, 0, math.inf), "samples": (8, 1, 1000), "horizon_s": (2, 0, 60), "doubt": (0, 0, 100)},
+        {
+            "budget_us": (500, 0, math.inf),
+            "samples": (32, 1, 1000),
+            "horizon_s": (1, 0, 60),
+            "spread": (0.2, 0, 10),
+            "doubt": (2, 0, 100),
+        },
         "thinks ahead: plays every action on in futures like the recent past, the base deciding, while there is time",
         kind="planner",
         base="slo_price",

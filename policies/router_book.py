@@ -19,7 +19,8 @@ from deflector.envs.state import Path
 _DISAGGREGATE, _DEFLECT, _LOCAL = int(Path.DISAGGREGATE), int(Path.DEFLECT), int(Path.LOCAL)
 _SLOWNESS = int(NodeField.SLOWNESS)
 
-LONGEST_OUTPUT_TOKENS = 8192
+LONGEST_OUTPUT_TOKENS = 512
+"""Of a request in an imagined cluster: what takes longer ends long after what a decision changes has been settled."""
 PRIOR_OUTPUT_TOKENS, PRIOR_REQUESTS = 200.0, 4.0
 """Mean output length before anything is known, and how many finished requests that is worth."""
 FORGET = 0.999
@@ -71,7 +72,7 @@ def mean_output_tokens(learned: FloatArray) -> float:
     """The mean output length that is most likely."""
     made = learned[TOKENS_MADE] + PRIOR_REQUESTS * PRIOR_OUTPUT_TOKENS
     mean = made / (max(learned[FINISHED], 0.0) + PRIOR_REQUESTS)
-    return min(max(mean, 1.0), 0.25 * LONGEST_OUTPUT_TOKENS)
+    return max(mean, 1.0)
 
 
 @inner
