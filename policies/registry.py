@@ -25,8 +25,8 @@ class PolicyInfo:
         parameters: Name -> (default, smallest, largest), in the order in which the core reads them.
         summary: One line.
         looks: Whether it reads more of the cluster's state than which nodes are up.
-        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network, `oracle` with the true
-            future, in simulations only.
+        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network, `planner` by
+            simulation from what a router knows, `oracle` with the true future, in simulations only.
         base: The analytical policy that it builds on by default, a parameter of that name; empty if it takes none.
     """
 
@@ -89,6 +89,19 @@ POLICIES: dict[str, PolicyInfo] = {
     ),
     "learned": PolicyInfo(
         -1, {}, "a trained network: the one that comes along, or PATH, as deflector export wrote it", kind="learned"
+    ),
+    "lookahead": PolicyInfo(
+        -1,
+        {
+            "budget_us": (500, 0, math.inf),
+            "samples": (32, 1, 1000),
+            "horizon_s": (1, 0, 60),
+            "spread": (0.2, 0, 10),
+            "doubt": (2, 0, 100),
+        },
+        "thinks ahead: plays every action on in futures like the recent past, the base deciding, while there is time",
+        kind="planner",
+        base="triage",
     ),
     "oracle_lookahead": PolicyInfo(
         -1,
