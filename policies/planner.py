@@ -34,6 +34,9 @@ RULES_TRIED = (Rule.JOIN, Rule.SAFE)
 MARGIN = 1.3
 """A play is reckoned to take so many times as long as the last ones did for each request in them."""
 
+FORGET_SLOWNESS = 0.97
+"""What is left, for each decision without time to play, of the time that a play is reckoned to take: it tries again."""
+
 
 class Planner:
     """Routes by thinking ahead from what a router knows.
@@ -157,15 +160,21 @@ class Planner:
             return len(self._candidates.twins)
         if left_s <= 0:
             return 0
-        if self._request_s is None:
+        if not self._request_s:
             return 2
-        return int(left_s / max(MARGIN * self._request_s * requests, 1e-9))
+        plays = int(left_s / max(MARGIN * self._request_s * requests, 1e-9))
+        if plays < 2:
+            self._request_s *= FORGET_SLOWNESS
+        return plays
 
     def _note_time(self, request_s: float) -> None:
-        """Keeps in mind how long a play takes per request in it; the first one may have had to wait for a compiler."""
+        """Keeps in mind how long a play takes per request in it.
+
+        The first one may have had to wait for a compiler, any one for a processor: a much slower one counts little.
+        """
         if self._request_s is None:
             self._request_s = 0.0
         elif self._request_s == 0.0:
             self._request_s = request_s
         else:
-            self._request_s += 0.1 * (request_s - self._request_s)
+            self._request_s += 0.1 * (min(request_s, 3.0 * self._request_s) - self._request_s)
