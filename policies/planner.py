@@ -31,10 +31,10 @@ HALVE_AFTER = (2, 6)
 """Futures after which the worse half of the candidates is given up."""
 RULES_TRIED = (Rule.JOIN, Rule.SAFE)
 """Other ways to deflect were tried and cost time and TBT SLOs: a plan or a cap does not give way to who joins later."""
-MARGIN = 1.3
+MARGIN = 1.5
 """A play is reckoned to take so many times as long as the last ones did for each request in them."""
 
-FORGET_SLOWNESS = 0.97
+FORGET_SLOWNESS = 0.998
 """What is left, for each decision without time to play, of the time that a play is reckoned to take: it tries again."""
 
 
@@ -177,4 +177,5 @@ class Planner:
         elif self._request_s == 0.0:
             self._request_s = request_s
         else:
-            self._request_s += 0.1 * (min(request_s, 3.0 * self._request_s) - self._request_s)
+            pace = 0.5 if request_s > self._request_s else 0.1
+            self._request_s += pace * (min(request_s, 2.0 * self._request_s) - self._request_s)
