@@ -31,8 +31,11 @@ HALVE_AFTER = (2, 6)
 """Futures after which the worse half of the candidates is given up."""
 RULES_TRIED = (Rule.JOIN, Rule.JOIN_LAST, Rule.SAFE)
 """Other ways to deflect were tried and cost time and TBT SLOs: a plan or a cap does not give way to who joins later."""
-MARGIN = 1.3
+MARGIN = 1.5
 """A play is reckoned to take so many times as long as the last ones did for each request in them."""
+
+FORGET_SLOWNESS = 0.998
+"""What is left, for each decision without time to play, of the time that a play is reckoned to take: it tries again."""
 
 
 class Planner:
@@ -157,15 +160,22 @@ class Planner:
             return len(self._candidates.twins)
         if left_s <= 0:
             return 0
-        if self._request_s is None:
+        if not self._request_s:
             return 2
-        return int(left_s / max(MARGIN * self._request_s * requests, 1e-9))
+        plays = int(left_s / max(MARGIN * self._request_s * requests, 1e-9))
+        if plays < 2:
+            self._request_s *= FORGET_SLOWNESS
+        return plays
 
     def _note_time(self, request_s: float) -> None:
-        """Keeps in mind how long a play takes per request in it; the first one may have had to wait for a compiler."""
+        """Keeps in mind how long a play takes per request in it.
+
+        The first one may have had to wait for a compiler, any one for a processor: a much slower one counts little.
+        """
         if self._request_s is None:
             self._request_s = 0.0
         elif self._request_s == 0.0:
             self._request_s = request_s
         else:
-            self._request_s += 0.1 * (request_s - self._request_s)
+            pace = 0.5 if request_s > self._request_s else 0.1
+            self._request_s += pace * (min(request_s, 2.0 * self._request_s) - self._request_s)

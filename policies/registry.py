@@ -99,7 +99,7 @@ POLICIES: dict[str, PolicyInfo] = {
             "spread": (0.2, 0, 10),
             "doubt": (2, 0, 100),
         },
-        "thinks ahead: plays every action on in futures like the recent past, the base deciding, while there is time",
+        "thinks ahead: plays routes on in futures like the recent past, the base deciding, while there is time",
         kind="planner",
         base="triage",
     ),
