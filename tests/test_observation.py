@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from random_cases import random_case, random_cluster, random_rows
+from questions import Array, parts, questions, rule_of, schema_of, small_case
+from random_cases import random_case, random_rows
 
 from deflector.envs.cluster import ClusterFacts, ClusterSpec, NodeField, NodeRole, NodeSpec, parse_cluster
 from deflector.envs.deflection import DeflectionEnv
@@ -16,10 +16,8 @@ from deflector.envs.lanes import Episode, Stage
 from deflector.envs.schema import (
     CAPS_TOKENS,
     CLUSTER_ESTIMATES,
-    COST_GRAIN,
     DECODE_ESTIMATES,
     PREFILL_ESTIMATES,
-    RULE_EXCESSES,
     RULES,
     SAFE_SHARE,
     TOP,
@@ -29,35 +27,8 @@ from deflector.envs.schema import (
     Rule,
     Schema,
 )
-from deflector.envs.state import ChunkRule, ClusterState, Decision, Path, Reason, Request, StateRow
+from deflector.envs.state import ChunkRule, ClusterState, Path, Reason, Request, StateRow
 from deflector.envs.stepper import Stepper
-from deflector.policies.policy import make_policy
-
-Array = npt.NDArray[np.float32]
-
-
-def schema_of(facts: ClusterFacts, more: int = 0, estimates: bool = True) -> Schema:
-    return Schema(int(facts.can_prefill.sum()) + more, int(facts.can_decode.sum()) + more, estimates)
-
-
-def parts(schema: Schema, seen: Array) -> tuple[Array, Array, Array]:
-    """Features of the cluster, (prefill_nodes, features), (decode_nodes, features)."""
-    cluster, prefill, decode = np.split(seen, [len(Cluster), len(Cluster) + schema.prefill_nodes * len(Prefill)])
-    return cluster, prefill.reshape(-1, len(Prefill)), decode.reshape(-1, len(Decode))
-
-
-def questions(seed: int, count: int) -> list[tuple[ClusterState, Request]]:
-    """States and requests of all kinds on one random cluster."""
-    rng = np.random.default_rng([seed, 9])
-    facts = random_cluster(seed).facts()
-    found = []
-    for number, rows in enumerate(random_rows(rng, facts, count)):
-        prompt = int(np.exp(rng.uniform(0, np.log(300_000 if number % 10 == 0 else 30_000))))
-        slos = float(rng.choice([0.01, 0.3, 2.0, 60.0, np.inf])), float(rng.choice([0.001, 0.05, 0.1, np.inf]))
-        request = Request(number, float(number), prompt, int(rng.integers(1, 10_000)), *slos)
-        found.append((ClusterState(float(number) * float(rng.exponential()), rows, facts), request))
-    return found
-
 
 SEEDS = range(0, 48, 3)
 
@@ -153,21 +124,6 @@ def test_features_are_folded_as_exactly_as_a_float32_can_be() -> None:
     np.testing.assert_allclose(folded, np.minimum(np.log1p(np.array(limits) / 1024), TOP), rtol=2.5e-7, atol=0)
 
 
-def small_case() -> tuple[ClusterState, Request]:
-    """1P1D: 3,000 prompt tokens ahead on the prefill node; 8 sequences with 4,000 KV tokens on the decode node."""
-    facts = parse_cluster("1P1D").facts()
-    rows = np.zeros((len(StateRow), 2))
-    rows[StateRow.HEALTHY] = 1.0
-    rows[StateRow.PREFILL_TOKENS_AHEAD, 0] = 3000.0
-    rows[StateRow.KV_TOKENS_USED] = 3008.0, 4096.0
-    rows[StateRow.RUNNING_DECODES, 1] = 8.0
-    rows[StateRow.DECODE_KV_TOKENS, 1] = 4000.0
-    rows[StateRow.INCOMING_TRANSFERS, 1], rows[StateRow.INCOMING_TOKENS, 1] = 2.0, 1500.0
-    rows[StateRow.STRICTEST_TBT_SLO_S] = np.inf, 0.08
-    rows[StateRow.AGE_S] = 0.02, 0.05
-    return ClusterState(5.0, rows, facts), Request(0, 5.0, 1200, 512, 0.5, 0.1)
-
-
 def test_a_small_case_by_hand() -> None:
     state, request = small_case()
     profile = state.facts.profiles[0]
@@ -227,76 +183,6 @@ def test_a_small_case_by_hand() -> None:
     assert cluster[Cluster.DECODE_TTFT] == decode[0, Decode.PLANNED_TTFT]
     decision = Encoder(schema).decision(state, request, 1 + Rule.PLANNED)
     assert [tokens for tokens, steps in decision.chunk_runs for _ in range(steps)] == runs
-
-
-def test_costs_in_a_small_case_by_hand() -> None:
-    state, request = small_case()
-    seen = Encoder(schema_of(state.facts)).encode(state, request)[0]
-    cluster, _, decode = parts(schema_of(state.facts), seen)
-    profile, done, safe_s = state.facts.profiles[0], 0, 0.0
-    while done < 1200:  # the largest candidate at each point that keeps the step within 0.9 of 0.08 s
-        for candidate in (2048, 1024, 512, 256, 128):
-            chunk = min(candidate, 1200 - done)
-            step_s = float(profile.step_time_s(chunk, chunk * (done + chunk / 2), 8, 4000 + done))
-            if step_s <= 0.9 * 0.08:
-                break
-        safe_s, done = safe_s + step_s, done + chunk
-
-    def cost(ttft_s: float, occupied_s: float, late_steps: float) -> float:
-        share = ttft_s / 0.5
-        price = 0.8 * (1 / 10) * occupied_s * occupied_s / 0.5  # one arrival in 10 s, one decode node
-        return 1 / (1 + math.exp(-(share - 1) / 0.15)) + 0.04 * share + price + 8 * min(1.0, late_steps / 2)
-
-    ahead_s = float(profile.step_time_s(3000, 3000 * 1500, 0, 0))
-    own_s = 0.5 * math.expm1(cluster[Cluster.OWN_PREFILL])
-    hope = 1 / (1 + math.exp((ahead_s / 0.5 - 1.5) / 0.2))
-    displaced = 0.5 * (1 / 10) * own_s * min(ahead_s / 0.5, 1.0) * hope
-
-    assert math.expm1(decode[0, Decode.STEP_AFTER]) < 0.9  # so one more sequence harms nobody
-    join_ttft_s = 0.5 * math.expm1(decode[0, Decode.JOIN_TTFT])
-    large_s = 0.5 * math.expm1(decode[0, Decode.LARGE_TTFT])
-    planned_s = 0.5 * math.expm1(decode[0, Decode.PLANNED_TTFT])
-    costs = {
-        Decode.JOIN_EXCESS: cost(join_ttft_s, 0.0, 0) + displaced,
-        Decode.SAFE_EXCESS: cost(safe_s, safe_s, 0),
-        Decode.LARGE_EXCESS: cost(large_s, large_s, large_s > 0.9 * 0.08),
-        Decode.PLANNED_EXCESS: cost(planned_s, planned_s, 1 if planned_s == pytest.approx(safe_s, rel=1e-6) else 2),
-    }
-    least = min(costs.values())
-    assert math.expm1(cluster[Cluster.LEAST_COST]) == pytest.approx(least, rel=1e-5)
-    for feature, value in costs.items():
-        expected = min(math.log1p((value - least) / COST_GRAIN), TOP)
-        assert decode[0, feature] == pytest.approx(expected, rel=1e-3, abs=1e-3), feature.name
-    assert cluster[Cluster.DEFAULT_EXCESS] == decode[0, Decode.JOIN_EXCESS]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_decision_of_triage_is_the_action_with_the_least_cost(seed: int) -> None:
-    same = 0
-    for state, request in questions(seed, 30):
-        schema, policy = schema_of(state.facts), make_policy("triage")
-        encoder = Encoder(schema)
-        seen, mask = encoder.encode(state, request)
-        cluster, _, decode = parts(schema, seen)
-        decode[:, Decode.PLANNED_EXCESS] = TOP  # it does not consider schedules
-        excess = np.where(mask, np.append(cluster[Cluster.DEFAULT_EXCESS], decode[:, RULE_EXCESSES].ravel()), np.inf)
-        decision = policy.decide(state, request)
-        action = encoder.action(state, request, decision)
-        taken = encoder.decision(state, request, action)
-        is_exact = rule_of(taken) == rule_of(decision) and (taken.prefill_node, taken.decode_node) == (
-            decision.prefill_node,
-            decision.decode_node,
-        )
-        # It does not consider a cap above an engine's token budget, which is the budget itself.
-        budgets = state.facts.nodes[state.facts.can_decode, NodeField.MAX_BATCHED_TOKENS]
-        if is_exact and mask[action] and budgets.min() >= CAPS_TOKENS[0]:
-            assert excess[action] <= excess.min() + 0.02
-            same += 1
-    assert same > 0 or budgets.min() < CAPS_TOKENS[0]
-
-
-def rule_of(decision: Decision) -> tuple[ChunkRule, tuple[tuple[int, int], ...]]:
-    return decision.chunk_rule, decision.chunk_runs
 
 
 @pytest.mark.parametrize("seed", SEEDS)
