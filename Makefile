@@ -17,9 +17,11 @@ DEMO := --cluster 2P2D \
 # The final test: seeds and cells that no tuning, training or choosing has touched. TRACES=DIR adds real traces.
 FINAL := $(BIN)/deflector evaluate --no-decision-timing --warmup 10
 FULL := --seeds 1000-1003 --duration 60
-SHORT := --seeds 1000,1001 --duration 45
+LONG := --seeds 1000-1003 --duration 600
+SHORT := --seeds 1000,1001 --duration 60
 RIVALS := never,kairos,kairos:alpha=1.0,least_ttft:beta=0.7,conditional:tokens=512,busy_tokens=16384,slo_price,triage
-BURSTS := low_prefill_low_decode,high_prefill_low_decode,high_prefill_high_decode,long_tail_burst
+BURSTS := low_prefill_low_decode,high_prefill_low_decode,high_prefill_high_decode
+SHAPES := $(BURSTS),low_prefill_high_decode,poisson_control
 VERDICT := $(BIN)/deflector judge --oracle oracle_lookahead:horizon_s=4,base=triage --cells
 TRACES ?=
 
@@ -34,11 +36,13 @@ demo: $(VENV)/core  ## compare five policies on 2P2D: prints the table, writes r
 	$(BIN)/deflector evaluate $(DEMO)
 
 final: $(VENV)/core  ## the final test of the shipped policy: half an hour on two cores; goes on where it was killed
-	@mkdir -p results/final
-	$(FINAL) $(FULL) --cluster 2P2D,1P3D,3P1D --workload all --load 0.7,0.85,0.95 --policies $(RIVALS),learned \
+	@mkdir -p results/final/long
+	$(FINAL) $(FULL) --cluster 2P2D,1P3D,3P1D --workload $(SHAPES) --load 0.7,0.85,0.95 --policies $(RIVALS),learned \
 		--json results/final/suite.json
+	$(FINAL) $(LONG) --cluster 2P2D,1P3D,3P1D --workload long_tail_burst --load 0.7,0.85,0.95 --policies $(RIVALS),learned \
+		--json results/final/long/suite.json
 	$(FINAL) $(SHORT) --load 0.7,0.95 \
-		--workload high_prefill_low_decode,high_prefill_high_decode,long_tail_burst,poisson_control \
+		--workload high_prefill_low_decode,high_prefill_high_decode,poisson_control \
 		--policies $(RIVALS),learned,lookahead,oracle_lookahead:horizon_s=4,base=triage \
 		--json results/final/ceiling.json
 	$(FINAL) $(SHORT) --cluster 4P4D,8P16D --workload $(BURSTS) --load 0.6,0.8 \
@@ -52,7 +56,7 @@ final: $(VENV)/core  ## the final test of the shipped policy: half an hour on tw
 	@if [ -n "$(TRACES)" ]; then $(FINAL) --trace $(TRACES)/*.gz --load 0.5,0.7 --seeds 1000 --duration 300 \
 		--policies $(RIVALS),learned --json results/final/traces.json; \
 		else echo "no traces: make final TRACES=DIR adds the gzipped ones in a folder"; fi
-	$(VERDICT) $(addprefix results/final/,suite.json sizes.json h200.json qwen3-tcp.json reports.json $(if $(TRACES),traces.json) \
+	$(VERDICT) $(addprefix results/final/,suite.json long/suite.json sizes.json h200.json qwen3-tcp.json reports.json $(if $(TRACES),traces.json) \
 		ceiling.json) --json results/final/verdict.json
 	$(VERDICT) results/final/ceiling.json --candidates learned,lookahead --json results/final/ceiling-verdict.json
 
