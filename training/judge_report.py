@@ -160,9 +160,15 @@ def _gains(verdict: Verdict, rules: Rules) -> str:
 
 
 def _cells(verdict: Verdict) -> Table:
-    table = Table(title=f"{verdict.candidate}, cell by cell", title_justify="left", box=None, pad_edge=False)
-    for name in ("cell", "SLO met", "over reference", "behind best", "best rival", "P95", "P99", "deflected"):
-        table.add_column(name, justify="left" if name in ("cell", "best rival") else "right", overflow="fold")
+    table = Table(
+        title=f"{verdict.candidate} cell by cell, in points; TTFT against the reference",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for name in ("cell", "SLO met", "gain", "regret", "best rival", "P95", "P99", "deflected"):
+        is_text = name in ("cell", "best rival")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=name == "cell")
     for cell in verdict.cells:
         table.add_row(*_row(cell))
     return table
