@@ -14,8 +14,17 @@ DEMO := --cluster 2P2D \
 	--load 0.7 --policies never,kairos,least_ttft,conditional,slo_price --seeds 0-4 \
 	--json results/demo.json --plots results/demo
 
+# The final test: seeds and cells that no tuning, training or choosing has touched. TRACES=DIR adds real traces.
+FINAL := $(BIN)/deflector evaluate --no-decision-timing --warmup 10
+FULL := --seeds 1000-1003 --duration 60
+SHORT := --seeds 1000,1001 --duration 45
+RIVALS := never,kairos,kairos:alpha=1.0,least_ttft:beta=0.7,conditional:tokens=512,busy_tokens=16384,slo_price,triage
+BURSTS := low_prefill_low_decode,high_prefill_low_decode,high_prefill_high_decode,long_tail_burst
+VERDICT := $(BIN)/deflector judge --oracle oracle_lookahead:horizon_s=4,base=triage --cells
+TRACES ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test fidelity lint type format bench clean
+.PHONY: help demo final test fidelity lint type format bench clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' Makefile | expand -t 16
@@ -23,6 +32,29 @@ help:  ## list these commands
 demo: $(VENV)/core  ## compare five policies on 2P2D: prints the table, writes results/demo
 	@mkdir -p results
 	$(BIN)/deflector evaluate $(DEMO)
+
+final: $(VENV)/core  ## the final test of the shipped policy: half an hour on two cores; goes on where it was killed
+	@mkdir -p results/final
+	$(FINAL) $(FULL) --cluster 2P2D,1P3D,3P1D --workload all --load 0.7,0.85,0.95 --policies $(RIVALS),learned \
+		--json results/final/suite.json
+	$(FINAL) $(SHORT) --load 0.7,0.95 \
+		--workload high_prefill_low_decode,high_prefill_high_decode,long_tail_burst,poisson_control \
+		--policies $(RIVALS),learned,lookahead,oracle_lookahead:horizon_s=4,base=triage \
+		--json results/final/ceiling.json
+	$(FINAL) $(SHORT) --cluster 4P4D,8P16D --workload $(BURSTS) --load 0.6,0.8 \
+		--policies $(RIVALS),learned --json results/final/sizes.json
+	$(FINAL) $(FULL) --profile h200-llama-3.1-8b --workload $(BURSTS) --load 0.7,0.95 --policies $(RIVALS),learned \
+		--json results/final/h200.json
+	$(FINAL) $(FULL) --profile a100-qwen3-30b-a3b --link tcp --workload $(BURSTS) --load 0.7,0.95 --policies $(RIVALS),learned \
+		--json results/final/qwen3-tcp.json
+	$(FINAL) $(FULL) --cluster benchmarks/final/stale.yaml,benchmarks/final/lossy.yaml,benchmarks/final/slow.yaml \
+		--workload $(BURSTS) --load 0.7,0.95 --policies $(RIVALS),learned --json results/final/reports.json
+	@if [ -n "$(TRACES)" ]; then $(FINAL) --trace $(TRACES)/*.gz --load 0.5,0.7 --seeds 1000 --duration 300 \
+		--policies $(RIVALS),learned --json results/final/traces.json; \
+		else echo "no traces: make final TRACES=DIR adds the gzipped ones in a folder"; fi
+	$(VERDICT) $(addprefix results/final/,suite.json sizes.json h200.json qwen3-tcp.json reports.json $(if $(TRACES),traces.json) \
+		ceiling.json) --json results/final/verdict.json
+	$(VERDICT) results/final/ceiling.json --candidates learned,lookahead --json results/final/ceiling-verdict.json
 
 test: lint type fidelity  ## lint, types, layers, packaging, fidelity and all other tests
 	$(BIN)/pytest -n $(WORKERS)

@@ -101,7 +101,9 @@ def learn(model: MaskablePPO, config: TrainConfig, rollouts: int) -> float:
     """Decisions per second over a number of rollouts, updates included."""
     decisions = rollouts * config.rollout_decisions
     start = time.perf_counter()
-    model.learn(decisions, callback=ElapsedTime(config.on_policy.horizon_s), reset_num_timesteps=False)
+    model.learn(
+        decisions, callback=ElapsedTime(config.on_policy.horizon_s, config.on_policy.trace_s), reset_num_timesteps=False
+    )
     return decisions / (time.perf_counter() - start)
 
 

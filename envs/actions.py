@@ -38,7 +38,7 @@ _PREFILL_ONLY = int(NodeRole.PREFILL)
 _DISAGGREGATE, _DEFLECT = int(Path.DISAGGREGATE), int(Path.DEFLECT)
 _CHOSEN = int(Reason.CHOSEN)
 _JOIN, _PLANNED, _SAFE = int(Rule.JOIN), int(Rule.PLANNED), int(Rule.SAFE)
-_LARGE, _SMALL = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL)
+_LARGE, _SMALL, _LAST = int(Rule.CAP_LARGE), int(Rule.CAP_SMALL), int(Rule.JOIN_LAST)
 _LARGE_TOKENS, _SMALL_TOKENS = CAPS_TOKENS
 
 
@@ -61,6 +61,10 @@ def _answered(q: Question, action: int) -> bool:
         return False
     if rule == _JOIN:
         source = best_source(q, node)
+        answer_disaggregate(q, source, node, _CHOSEN)
+        return source >= 0
+    if rule == _LAST:
+        source = last_source(q, node)
         answer_disaggregate(q, source, node, _CHOSEN)
         return source >= 0
     answer_deflect(q, node, _CHOSEN)
@@ -93,6 +97,8 @@ def is_possible(q: Question, action: int) -> bool:
         return False
     if rule == _JOIN:
         return best_source(q, node) >= 0
+    if rule == _LAST:
+        return last_source(q, node) >= 0
     return rule in (_LARGE, _SMALL) or decode_path_s(q, node, tbt_limit_s(q, node, 1.0)) < np.inf
 
 
@@ -106,6 +112,19 @@ def best_source(q: Question, target: int) -> int:
             if ready_s < soonest_s:
                 best, soonest_s = node, ready_s
     return best
+
+
+@inner
+def last_source(q: Question, target: int) -> int:
+    """The prefill node from which it is predicted to reach `target` latest; -1 if fewer than two can hold it."""
+    last, latest_s, count = -1, -np.inf, 0
+    for node in range(q.rows.shape[1]):
+        if node != target and can_prefill(q, node) and holds_prompt(q, node):
+            count += 1
+            ready_s = work_ahead_s(q, node) + own_prefill_s(q, node) + transfer_s(q, node, target)
+            if ready_s > latest_s:
+                last, latest_s = node, ready_s
+    return last if count > 1 else -1
 
 
 @inner
@@ -123,8 +142,8 @@ def decode_node_of(q: Question, row: int) -> int:
 def nearest_action(q: Question) -> int:
     """The action that comes closest to the decision in the answer; to be asked before another is written there.
 
-    Exact for a disaggregation by the default route or from the best prefill node, a deflection in the planned schedule,
-    and the two caps; other caps and budgets go to the next rule of their kind.
+    Exact for a disaggregation by the default route or from the best or the last prefill node, a deflection in the
+    planned schedule, and the two caps; other caps and budgets go to the next rule of their kind.
     """
     path, source, target = q.answer[at.D_PATH], int(q.answer[at.D_PREFILL]), int(q.answer[at.D_DECODE])
     kind, tokens = q.answer[at.D_RULE], q.answer[at.D_RUNS]
@@ -132,7 +151,7 @@ def nearest_action(q: Question) -> int:
         usual = best_prefill_node(q)
         if source == usual and target == least_loaded_decode_node(q, usual):
             return DEFAULT_ACTION
-        rule = _JOIN
+        rule = _LAST if source != best_source(q, target) and source == last_source(q, target) else _JOIN
     elif path == _DEFLECT:
         rule = _LARGE
         if kind == RULE_SCHEDULE:

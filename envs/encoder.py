@@ -39,7 +39,7 @@ class Encoder:
         """(observation_length,) float32 and (num_actions,) bool of an arriving request; to be called once for each."""
         seen = np.empty(self.schema.observation_length, np.float32)
         mask = np.empty(self.schema.num_actions, np.bool_)
-        scratch = np.empty(state.facts.num_nodes)
+        scratch = np.empty(2 * state.facts.num_nodes)
         _encode(self._question(state, request), request.max_output_tokens, self.schema.estimates, scratch, seen, mask)
         self.predicted_ttft_s = float(self._answer[D_TTFT_PREFILL]), float(self._answer[D_TTFT_DECODE])
         return seen, mask

@@ -25,6 +25,10 @@ CAPS_TOKENS = (2048, 512)
 SAFE_SHARE = 0.9
 """Share of the strictest TBT SLO that a step may take under the rule LARGEST_SAFE."""
 
+COST_GRAIN = 0.02
+"""Differences of predicted costs (`deflector.envs.prices`) are seen on a scale that is linear below it and logarithmic
+above; in misses, or shares of one."""
+
 
 class Cluster(IntEnum):
     """Features of the request and of the cluster as a whole."""
@@ -53,6 +57,12 @@ class Cluster(IntEnum):
     """log(1 + healthy nodes that may prefill)."""
     DECODE_NODES = 11
     """log(1 + healthy nodes that may decode)."""
+    LEAST_COST = 12
+    """log(1 + cost) of the cheapest possible action, see `deflector.envs.prices`."""
+    DEFAULT_EXCESS = 13
+    """log(1 + (cost of the default route - least cost) / COST_GRAIN)."""
+    RECENT_TTFT_SLO = 14
+    """log(1 + seconds), the mean TTFT SLO of the requests of the last 10 s."""
 
 
 class Prefill(IntEnum):
@@ -117,6 +127,19 @@ class Decode(IntEnum):
     """log(1 + TTFT / SLO) in chunks of `CAPS_TOKENS[1]`."""
     SMALL_BREACH = 20
     """Share of a P99 TBT loss that those chunks cost its sequences."""
+    JOIN_EXCESS = 21
+    """log(1 + (cost - least cost) / COST_GRAIN) if another node prefills; TOP if there is none."""
+    PLANNED_EXCESS = 22
+    """The same if it prefills in the largest chunks that keep the TBT SLOs; TOP if there are none. One late step is
+    expected of such a schedule, and two where it goes beyond SAFE_SHARE."""
+    SAFE_EXCESS = 23
+    """The same if it prefills in the largest chunks that keep within SAFE_SHARE of the TBT SLOs."""
+    LARGE_EXCESS = 24
+    """The same in chunks of `CAPS_TOKENS[0]`, held against SAFE_SHARE of the TBT SLOs."""
+    SMALL_EXCESS = 25
+    """The same in chunks of `CAPS_TOKENS[1]`."""
+    JOIN_LAST_EXCESS = 26
+    """The same as JOIN_EXCESS, by the longest queue."""
 
 
 class Rule(IntEnum):
@@ -132,14 +155,20 @@ class Rule(IntEnum):
     """Deflected, in chunks of at most `CAPS_TOKENS[0]`."""
     CAP_SMALL = 4
     """Deflected, in chunks of at most `CAPS_TOKENS[1]`."""
+    JOIN_LAST = 5
+    """Prefilled on the node with the greatest predicted TTFT, then transferred: who is late anyway displaces nobody in
+    a queue that is lost. Possible if there are two such nodes."""
 
 
 RULES = len(Rule)
 
-CLUSTER_ESTIMATES = (Cluster.PREFILL_TTFT, Cluster.DECODE_TTFT)
+CLUSTER_ESTIMATES = (Cluster.PREFILL_TTFT, Cluster.DECODE_TTFT, Cluster.LEAST_COST, Cluster.DEFAULT_EXCESS)
 PREFILL_ESTIMATES = (Prefill.TTFT,)
 DECODE_ESTIMATES = tuple(feature for feature in Decode if feature >= Decode.STEP)
 """Features that are the analytical model's own predictions, zero where they are switched off."""
+
+RULE_EXCESSES = slice(Decode.JOIN_EXCESS, Decode.JOIN_LAST_EXCESS + 1)
+"""A decode node's features that tell how much its actions cost more than the cheapest, in the order of `Rule`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +199,7 @@ class Schema:
     def meaning(self) -> dict[str, object]:
         """All that a policy depends on but the number of nodes, in words and numbers that go into JSON."""
         return {
-            "version": 1,
+            "version": 2,
             "cluster": [feature.name.lower() for feature in Cluster],
             "prefill": [feature.name.lower() for feature in Prefill],
             "decode": [feature.name.lower() for feature in Decode],
@@ -180,6 +209,7 @@ class Schema:
             "rate_windows_s": list(RATE_WINDOWS_S),
             "caps_tokens": list(CAPS_TOKENS),
             "safe_share": SAFE_SHARE,
+            "cost_grain": COST_GRAIN,
         }
 
     @property

@@ -66,7 +66,7 @@ class Stepper:
     def _batch(self, schema: Schema, turn: int) -> Batch:
         return Batch(
             self.lanes.table, self.lanes.i, self.lanes.f, self._masks[1 - turn], self._masks[turn], self._seen[turn],
-            schema.estimates, np.zeros(0), np.zeros(DECISION_LENGTH), np.zeros(MAX_NODES),
+            schema.estimates, np.zeros(0), np.zeros(DECISION_LENGTH), np.zeros(2 * MAX_NODES),
         )  # fmt: skip
 
     @property

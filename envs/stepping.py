@@ -61,7 +61,7 @@ class Batch(NamedTuple):
         estimates: `Schema.estimates`.
         no_parameters: (0,) float64.
         answer: (DECISION_LENGTH,) float64, this call's own.
-        scratch: (nodes of the largest cluster,) float64, this call's own.
+        scratch: (2 * nodes of the largest cluster,) float64, this call's own.
     """
 
     table: IntArray

@@ -6,7 +6,7 @@ from deflector.policies import registry
 from deflector.policies.kairos import kairos, never
 from deflector.policies.least_ttft import least_ttft
 from deflector.policies.simple import always, conditional, least_loaded, prompt_threshold, round_robin
-from deflector.policies.slo_price import slo_price
+from deflector.policies.slo_price import slo_price, triage
 
 
 @inner
@@ -28,5 +28,7 @@ def decide(policy: int, q: Question) -> None:
         conditional(q)
     elif policy == registry.LEAST_TTFT:
         least_ttft(q)
-    else:
+    elif policy == registry.SLO_PRICE:
         slo_price(q)
+    else:
+        triage(q)

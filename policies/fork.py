@@ -27,6 +27,22 @@ _FINISHED = int(Status.FINISHED)
 
 BASE = 0
 """The candidate that is the base policy's own decision; action a is candidate 1 + a."""
+LEFT_OUT = -1
+"""In `Candidates.twins`: masked out, or not to be tried."""
+
+
+class Candidates(NamedTuple):
+    """What can be done at a decision; candidate 0 is the base policy's decision, 1 + a is action a.
+
+    Attributes:
+        decisions: (1 + actions, DECISION_LENGTH) float64: what each means.
+        twins: (1 + actions,) int64: the first candidate that means the same; `LEFT_OUT` if it is not to be tried.
+        nearest: (1,) int64: the action nearest to the base policy's decision, masked out or not.
+    """
+
+    decisions: FloatArray
+    twins: IntArray
+    nearest: IntArray
 
 
 class Search(NamedTuple):
@@ -41,15 +57,15 @@ class Search(NamedTuple):
         horizons_s: (horizons,) float64, ascending: how long from now arriving requests are charged; inf for all.
         policy: The base policy's number.
         parameters: Its parameters.
-        memory: (MEMORY,) float64 that it remembers before the decision.
-        decided: (MEMORY,) float64, written: what it remembers after it.
+        memory: (MEMORY,) float64 that it remembers after the decision.
         played: (MEMORY,) float64, the forks' own.
         rows: (len(StateRow), num_nodes) float64, the forks' own.
         answer: (DECISION_LENGTH,) float64, the forks' own.
         iterations: (num_nodes,) float64, the forks' own.
-        decisions: (1 + actions, DECISION_LENGTH) float64, written: what each candidate means.
-        nearest: (1,) int64, written: the action nearest to the base policy's decision, masked out or not.
-        costs: (1 + actions, horizons, samples) float64, written; inf for an action that is masked out.
+        candidates: What is tried.
+        spread: Half-width, as a share of the TTFT SLO, of the slope that takes the place of the step from attained to
+            missed; 0 for what `envs.rewards` charges.
+        costs: (1 + actions, horizons, samples) float64, written; inf for a candidate that is left out.
     """
 
     run: World
@@ -60,14 +76,57 @@ class Search(NamedTuple):
     policy: int
     parameters: FloatArray
     memory: FloatArray
-    decided: FloatArray
     played: FloatArray
     rows: FloatArray
     answer: FloatArray
     iterations: FloatArray
-    decisions: FloatArray
-    nearest: IntArray
+    candidates: Candidates
+    spread: float
     costs: FloatArray
+
+
+@inner
+def propose(policy: int, q: Question, candidates: Candidates) -> None:
+    """Writes what the candidates mean at a question; the base policy's memory takes note of it."""
+    _clear_predictions(q.answer)
+    decide(policy, q)
+    _keep(candidates, BASE, q.answer)
+    candidates.nearest[0] = nearest_action(q)
+    for candidate in range(1, len(candidates.decisions)):
+        candidates.twins[candidate] = LEFT_OUT
+        _clear_predictions(q.answer)
+        if is_possible(q, candidate - 1):
+            answer_action(q, candidate - 1)
+            _keep(candidates, candidate, q.answer)
+
+
+@entry
+def propose_to_router(
+    policy: int,
+    now_s: float,
+    prompt_tokens: int,
+    ttft_slo_s: float,
+    tbt_slo_s: float,
+    rows: FloatArray,
+    nodes: FloatArray,
+    tables: FloatArray,
+    parameters: FloatArray,
+    memory: FloatArray,
+    answer: FloatArray,
+    candidates: Candidates,
+) -> None:
+    """Fills `candidates` for what a router is asked; `memory` is the base policy's and takes note of it."""
+    q = Question(now_s, prompt_tokens, ttft_slo_s, tbt_slo_s, rows, nodes, tables, parameters, memory, answer)
+    propose(policy, q, candidates)
+
+
+@entry
+def propose_at_run(s: Search) -> None:
+    """Fills `candidates` for the decision that the run is at; `memory` takes note of it."""
+    _begin(s, s.fork)
+    observe(s.fork, s.rows)
+    q = _question(s, s.fork, 0, s.memory)
+    propose(s.policy, q, s.candidates)
 
 
 @entry
@@ -92,40 +151,36 @@ def try_candidates(s: Search) -> int:
             behind += 1
         requests = s.futures[sample, :behind]
         w = World(s.fork.f, s.fork.i, s.run.log, requests, s.run.nodes, s.run.tables, s.fork.cache, s.run.prefixes)
-        for candidate in range(len(s.decisions)):
-            code = _play(s, w, sample, candidate)
-            _leave_no_trace(s, w)
-            if code != at.DONE:
-                return code
+        for candidate in range(len(s.costs)):
+            twin = s.candidates.twins[candidate]
+            if twin == candidate:
+                code = _play(s, w, sample, candidate)
+                _leave_no_trace(s, w)
+                if code != at.DONE:
+                    return code
+            else:
+                for h in range(len(s.horizons_s)):
+                    s.costs[candidate, h, sample] = np.inf if twin == LEFT_OUT else s.costs[twin, h, sample]
     return at.DONE
 
 
 @inner
 def _play(s: Search, w: World, sample: int, candidate: int) -> int:
     """Plays one candidate to the end of all requests within the longest horizon; DONE, or what asks for room."""
-    _begin(s, w, candidate)
+    _begin(s, w)
     for h in range(len(s.horizons_s)):
         s.costs[candidate, h, sample] = 0.0
     now_s, closed = w.f[at.G_NOW], w.i[at.H_NUM_CLOSED]
     at_hand, code = True, at.DECIDE
     while code == at.DECIDE:
         observe(w, s.rows)
-        q = _question(s, w, sample)
-        if not at_hand or candidate == BASE:
-            decide(s.policy, q)
-        elif is_possible(q, candidate - 1):
-            answer_action(q, candidate - 1)
-        else:
-            for h in range(len(s.horizons_s)):
-                s.costs[candidate, h, sample] = np.inf
-            return at.DONE
         if at_hand:
             at_hand = False
-            twin = _note_decision(s, q, candidate)
-            if twin < candidate:
-                for h in range(len(s.horizons_s)):
-                    s.costs[candidate, h, sample] = s.costs[twin, h, sample]
-                return at.DONE
+            for k in range(len(s.answer)):
+                s.answer[k] = s.candidates.decisions[candidate, k]
+        else:
+            _clear_predictions(s.answer)
+            decide(s.policy, _question(s, w, sample, s.played))
         apply_decision(w, s.answer)
         code = advance(w)
         for k in range(closed, w.i[at.H_NUM_CLOSED]):
@@ -139,8 +194,8 @@ def _play(s: Search, w: World, sample: int, candidate: int) -> int:
 
 
 @inner
-def _begin(s: Search, w: World, candidate: int) -> None:
-    """Makes the fork what the run is; the base policy has been asked about the request at hand, or is about to be."""
+def _begin(s: Search, w: World) -> None:
+    """Makes the fork what the run is, the base policy having been asked about the request at hand."""
     for k in range(len(w.f)):
         w.f[k] = s.run.f[k]
     for k in range(len(w.i)):
@@ -148,33 +203,34 @@ def _begin(s: Search, w: World, candidate: int) -> None:
     for k in range(len(w.cache)):
         w.cache[k] = s.run.cache[k]
     for k in range(len(s.played)):
-        s.played[k] = s.memory[k] if candidate == BASE else s.decided[k]
+        s.played[k] = s.memory[k]
 
 
 @inner
-def _question(s: Search, w: World, sample: int) -> Question:
+def _question(s: Search, w: World, sample: int, memory: FloatArray) -> Question:
     slot = slot_base(w.i, w.i[at.H_CURRENT])
     request = w.i[slot + at.REQUEST]
-    s.answer[at.D_TTFT_PREFILL] = s.answer[at.D_TTFT_DECODE] = np.nan
     return Question(
         w.f[at.G_NOW], w.i[slot + at.PROMPT], s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT],
-        s.rows, w.nodes, w.tables, s.parameters, s.played, s.answer,
+        s.rows, w.nodes, w.tables, s.parameters, memory, s.answer,
     )  # fmt: skip
 
 
 @inner
-def _note_decision(s: Search, q: Question, candidate: int) -> int:
-    """Keeps what a candidate means; returns the first candidate that means the same."""
-    for k in range(len(s.answer)):
-        s.decisions[candidate, k] = s.answer[k]
-    if candidate == BASE:
-        for k in range(len(s.played)):
-            s.decided[k] = s.played[k]
-        s.nearest[0] = nearest_action(q)
+def _clear_predictions(answer: FloatArray) -> None:
+    answer[at.D_TTFT_PREFILL] = answer[at.D_TTFT_DECODE] = np.nan
+
+
+@inner
+def _keep(candidates: Candidates, candidate: int, answer: FloatArray) -> None:
+    """Keeps what a candidate means, and which one means the same."""
+    for k in range(len(answer)):
+        candidates.decisions[candidate, k] = answer[k]
+    candidates.twins[candidate] = candidate
     for twin in range(candidate):
-        if _mean_the_same(s.decisions, twin, candidate):
-            return twin
-    return candidate
+        if candidates.twins[twin] != LEFT_OUT and _mean_the_same(candidates.decisions, twin, candidate):
+            candidates.twins[candidate] = twin
+            return
 
 
 @inner
@@ -191,7 +247,7 @@ def _mean_the_same(decisions: FloatArray, one: int, other: int) -> bool:
 @inner
 def _charge(s: Search, w: World, sample: int, candidate: int, now_s: float, request: int) -> None:
     """Adds what a request has cost, the less the later from now it arrives."""
-    cost = _cost(w, request, s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT])
+    cost = _cost(w, request, s.spread, s.slos[sample, request, SLO_TTFT], s.slos[sample, request, SLO_TBT])
     after_s = w.requests[request, at.IN_ARRIVAL] - now_s
     for h in range(len(s.horizons_s)):
         if after_s <= 0.0:
@@ -201,15 +257,23 @@ def _charge(s: Search, w: World, sample: int, candidate: int, now_s: float, requ
 
 
 @inner
-def _cost(w: World, request: int, ttft_slo_s: float, tbt_slo_s: float) -> float:
-    """What `envs.rewards` charges for a request altogether: 1 if it misses its SLOs, and a little for waiting."""
+def _cost(w: World, request: int, spread: float, ttft_slo_s: float, tbt_slo_s: float) -> float:
+    """What `envs.rewards` charges for a request altogether: 1 if it misses its SLOs, and a little for waiting.
+
+    With a spread, a TTFT near the SLO is a share of a miss: what a hair decides in a future that is only imagined
+    says little, and on average over futures the share is the probability.
+    """
     ttft_s, p99_s = w.requests[request, _FIRST_TOKEN] - w.requests[request, at.IN_ARRIVAL], w.requests[request, _P99]
-    attained = w.requests[request, _STATUS] == _FINISHED and ttft_s <= ttft_slo_s
-    attained = attained and (np.isnan(p99_s) or p99_s <= tbt_slo_s)
+    if w.requests[request, _STATUS] != _FINISHED or p99_s > tbt_slo_s or np.isnan(ttft_s):
+        miss = 1.0
+    elif spread > 0.0:
+        miss = min(max(0.5 + 0.5 * (ttft_s / ttft_slo_s - 1.0) / spread, 0.0), 1.0)
+    else:
+        miss = 0.0 if ttft_s <= ttft_slo_s else 1.0
     ratio = MOST_WAITING if np.isnan(ttft_s) else min(ttft_s / ttft_slo_s, MOST_WAITING)
     if ttft_slo_s == np.inf:
         ratio = 0.0
-    return (0.0 if attained else 1.0) + WAITING_WEIGHT * ratio
+    return miss + WAITING_WEIGHT * ratio
 
 
 @inner

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deflector.envs.observation import Mask, Observation
-from deflector.envs.schema import RULES, Cluster, Decode, Prefill
+from deflector.envs.schema import RULE_EXCESSES, RULES, Cluster, Decode, Prefill
 from deflector.envs.simulator.layout import FloatArray, IntArray
 
 Float32Array = npt.NDArray[np.float32]
@@ -47,6 +47,7 @@ def actor_shapes(width: int) -> dict[str, tuple[int, ...]]:
         "action_out.bias": (RULES,),
         "default_out.weight": (1, width),
         "default_out.bias": (1,),
+        "cost_weight": (1,),
     }
 
 
@@ -87,8 +88,10 @@ class Actor:
         first_decode = _WIDTH + prefill_nodes * _PREFILL_WIDTH
         self._seen = np.empty((count, first_decode + decode_nodes * _DECODE_WIDTH))
         self._seen_cluster = self._seen[:, :_WIDTH]
+        self._default_excess = self._seen[:, Cluster.DEFAULT_EXCESS]
         self._seen_prefill = self._seen[:, _WIDTH:first_decode].reshape(count, prefill_nodes, _PREFILL_WIDTH)
         self._seen_decode = self._seen[:, first_decode:].reshape(count, decode_nodes, _DECODE_WIDTH)
+        self._rule_excesses = self._seen_decode[:, :, RULE_EXCESSES]
         # Nodes of both kinds: (count, kind, node, ...).
         self._rows = np.zeros((count, 2, nodes, _DECODE_WIDTH))
         self._prefill_rows = self._rows[:, 0, :prefill_nodes, :_PREFILL_WIDTH]
@@ -120,6 +123,8 @@ class Actor:
         self._one_and_action = np.ones((count, decode_nodes, 1 + width))
         self._action = self._one_and_action[:, :, 1:]
         self._rule_weights = _stacked(tensors, "action_out")
+        self._cost_weight = np.array(tensors["cost_weight"][0], np.float64)
+        self._weighed = np.empty((count, decode_nodes, RULES))
         self._logits = np.empty((count, 1 + decode_nodes * RULES))
         self._default_logit = self._logits[:, 0]
         self._rule_logits = self._logits[:, 1:].reshape(count, decode_nodes, RULES)
@@ -155,7 +160,9 @@ class Actor:
         np.add(action, self._shared, out=action)
         np.maximum(action, _ZERO, out=action)
         np.matmul(self._one_and_action, self._rule_weights, out=self._rule_logits)
-        np.copyto(self._default_logit, self._default)
+        np.multiply(self._rule_excesses, self._cost_weight, out=self._weighed)
+        np.subtract(self._rule_logits, self._weighed, out=self._rule_logits)
+        np.subtract(self._default, self._default_excess * self._cost_weight, out=self._default_logit)
         return self._logits
 
 

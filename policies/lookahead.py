@@ -12,7 +12,7 @@ from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.layout import FloatArray, World
 from deflector.envs.state import StateRow
 from deflector.envs.workload import Workload
-from deflector.policies.fork import BASE, Search, try_candidates
+from deflector.policies.fork import BASE, Candidates, Search, propose_at_run, try_candidates
 from deflector.policies.registry import parse_analytical
 
 LEAST_GAIN = 1e-9
@@ -68,13 +68,17 @@ class Lookahead:
         if not len(horizons_s) or not np.all(self._horizons_s >= 0) or list(horizons_s) != sorted(horizons_s):
             raise ValueError(f"horizons_s {list(horizons_s)}: give numbers of seconds >= 0, ascending")
         self._num_candidates = 1 + num_actions
-        self._memory, self._decided, self._played = np.zeros(MEMORY), np.zeros(MEMORY), np.zeros(MEMORY)
+        self._memory, self._played = np.zeros(MEMORY), np.zeros(MEMORY)
         self._answer = np.zeros(at.DECISION_LENGTH)
         self._room: tuple[npt.NDArray[Any], ...] = ()
 
     def forget(self) -> None:
         """Begins anew with another run."""
         self._memory[:] = 0.0
+
+    def recall(self, memory: FloatArray) -> None:
+        """Takes over what its base policy remembers, (MEMORY,) float64, from who has seen all earlier decisions."""
+        self._memory[:] = memory
 
     def evaluate(
         self,
@@ -96,21 +100,20 @@ class Lookahead:
         """
         num_nodes, samples = len(world.nodes), len(slos)
         rows, iterations = np.zeros((len(StateRow), num_nodes)), np.zeros(num_nodes)
-        decisions = np.zeros((self._num_candidates, at.DECISION_LENGTH))
+        candidates = new_candidates(self._num_candidates)
         costs = np.zeros((self._num_candidates, len(self._horizons_s), samples))
-        nearest = np.zeros(1, np.int64)
-        while True:
-            search = Search(
+
+        def search() -> Search:
+            return Search(
                 world, self._fork_of(world), world.requests[None] if futures is None else futures, slos,
-                self._horizons_s, self._number, self._parameters, self._memory, self._decided, self._played, rows,
-                self._answer, iterations, decisions, nearest, costs,
+                self._horizons_s, self._number, self._parameters, self._memory, self._played, rows, self._answer,
+                iterations, candidates, 0.0, costs,
             )  # fmt: skip
-            code = try_candidates(search)
-            if code == at.DONE:
-                break
+
+        propose_at_run(search())
+        while (code := try_candidates(search())) != at.DONE:
             world = grow(code)
-        self._memory[:] = self._decided
-        return Evaluation(costs, decisions, int(nearest[0]))
+        return Evaluation(costs, candidates.decisions, int(candidates.nearest[0]))
 
     def _fork_of(self, world: World) -> World:
         """The run's arrays, but with room of its own for those that a copy of makes a fork."""
@@ -119,6 +122,11 @@ class Lookahead:
             self._room = tuple(np.empty_like(array) for array in copied)
         f, i, cache = self._room
         return world._replace(f=f, i=i, cache=cache)
+
+
+def new_candidates(count: int) -> Candidates:
+    """Room for so many candidates."""
+    return Candidates(np.zeros((count, at.DECISION_LENGTH)), np.zeros(count, np.int64), np.zeros(1, np.int64))
 
 
 def true_slos(workload: Workload) -> FloatArray:

@@ -17,6 +17,7 @@ from deflector.envs.simulator.layout import IntArray, World, grown
 from deflector.envs.workload import Workload
 from deflector.policies.lookahead import Evaluation, Lookahead, true_slos
 from deflector.policies.registry import parse_policy
+from deflector.policies.teachers import Teacher
 
 
 def play_with_oracle(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int, warmup_s: float) -> World:
@@ -53,26 +54,43 @@ class OracleTeacher:
             schema: Sizes of the actions.
         """
         chosen = parse_policy(policy)
-        horizons_s = [chosen.parameters["horizon_s"]]
-        self._lookaheads = [Lookahead(chosen.base, schema.num_actions, horizons_s) for _ in range(count)]
+        self._base = Teacher(chosen.base, count)
+        self._lookahead = Lookahead(chosen.base, schema.num_actions, [chosen.parameters["horizon_s"]])
 
     def forget(self, lane: int) -> None:
         """Begins anew in a lane, since a new episode has."""
-        self._lookaheads[lane].forget()
+        self._base.forget(lane)
 
     def actions(self, lanes: Lanes) -> IntArray:
         """(lanes,) int64: the possible action with the least cost in every lane at a decision; 0 elsewhere."""
         actions = np.full(len(lanes), DEFAULT_ACTION, np.int64)
-        for lane in np.flatnonzero(lanes.i[:, STAGE] == Stage.DECISION).tolist():
-            actions[lane] = self.evaluate(lanes, lane).best_action
+        deciding = np.flatnonzero(lanes.i[:, STAGE] == Stage.DECISION)
+        for lane, evaluation in zip(deciding.tolist(), self.judge(lanes, deciding)[1], strict=True):
+            actions[lane] = evaluation.best_action
         return actions
 
+    def judge(self, lanes: Lanes, chosen: IntArray) -> tuple[IntArray, list[Evaluation]]:
+        """Costs of all candidates in some lanes; to be called once at every decision, whichever lanes it is about.
+
+        Args:
+            lanes: The lanes.
+            chosen: Numbers of those to look at, which are at a decision.
+
+        Returns:
+            (lanes,) int64, the base's actions, and the costs in the chosen lanes.
+        """
+        found = []
+        for lane in chosen.tolist():
+            self._lookahead.recall(self._base.memory[lane])
+            found.append(self.evaluate(lanes, lane))
+        return self._base.actions(lanes), found
+
     def evaluate(self, lanes: Lanes, lane: int) -> Evaluation:
-        """Costs of the candidates at a lane's decision."""
+        """Costs of the candidates at a lane's decision, with what the base remembered at the last call."""
         episode = lanes.episodes[lane]
         assert episode is not None
 
         def grow(code: int) -> World:
             return lanes.make_room(lane, code)
 
-        return self._lookaheads[lane].evaluate(lanes.world(lane), true_slos(episode.workload), grow)
+        return self._lookahead.evaluate(lanes.world(lane), true_slos(episode.workload), grow)

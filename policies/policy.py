@@ -13,6 +13,7 @@ from deflector.envs.simulator.routing import decode_decision
 from deflector.envs.state import ClusterState, Decision, Request
 from deflector.policies.decide import decide
 from deflector.policies.learned import LearnedPolicy
+from deflector.policies.planner import Planner
 from deflector.policies.policy_file import read_policy
 from deflector.policies.registry import PolicySpec, parse_policy
 
@@ -61,6 +62,8 @@ def make_policy(text: str) -> Policy:
     spec = parse_policy(text)
     if spec.info.kind == "oracle":
         raise InputError(f"policy '{text}' knows the future, and a router does not: it runs in simulations only")
+    if spec.info.kind == "planner":
+        return Planner(spec)
     return LearnedPolicy(spec.path) if spec.info.kind == "learned" else AnalyticalPolicy(spec)
 
 

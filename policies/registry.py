@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deflector.envs.errors import InputError
+from deflector.envs.prices import PRICE, SPREAD, TRIAGE, TRIAGE_LATENESS
 from deflector.envs.simulator.layout import FloatArray
 from deflector.envs.state import CHUNK_CANDIDATES
 
@@ -24,8 +25,8 @@ class PolicyInfo:
         parameters: Name -> (default, smallest, largest), in the order in which the core reads them.
         summary: One line.
         looks: Whether it reads more of the cluster's state than which nodes are up.
-        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network, `oracle` with the true
-            future, in simulations only.
+        kind: How it is carried out: `analytical` by the compiled cores, `learned` by a network, `planner` by
+            simulation from what a router knows, `oracle` with the true future, in simulations only.
         base: The analytical policy that it builds on by default, a parameter of that name; empty if it takes none.
     """
 
@@ -37,7 +38,11 @@ class PolicyInfo:
     base: str = ""
 
 
-NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD, CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE = range(9)
+SHIPPED = Path(__file__).with_name("pretrained")
+"""Folder of the learned policy that comes with the package; its README.md is the model card."""
+
+NEVER, ALWAYS, ROUND_ROBIN, LEAST_LOADED, PROMPT_THRESHOLD = range(5)
+CONDITIONAL, KAIROS, LEAST_TTFT, SLO_PRICE, BY_TRIAGE = range(5, 10)
 
 _LARGEST_CHUNK, _SMALLEST_CHUNK = CHUNK_CANDIDATES[0], CHUNK_CANDIDATES[-1]
 
@@ -65,13 +70,39 @@ POLICIES: dict[str, PolicyInfo] = {
     "slo_price": PolicyInfo(
         SLO_PRICE,
         {
-            "price": (0.8, 0, 1e6),
-            "spread": (0.15, 1e-3, 10),
+            "price": (PRICE, 0, 1e6),
+            "spread": (SPREAD, 1e-3, 10),
             "beta": (0.9, 0.01, 10),
         },
         "least predicted SLO misses, the arriving request's and everybody else's",
     ),
-    "learned": PolicyInfo(-1, {}, "a trained network, from the folder that deflector export wrote", kind="learned"),
+    "triage": PolicyInfo(
+        BY_TRIAGE,
+        {
+            "price": (PRICE, 0, 1e6),
+            "spread": (SPREAD, 1e-3, 10),
+            "beta": (0.9, 0.01, 10),
+            "triage": (TRIAGE, 0, 1e6),
+            "lateness": (TRIAGE_LATENESS, 0, 1e6),
+        },
+        "the same, and whoever would be late anyway joins a queue that is lost, to keep the others short",
+    ),
+    "learned": PolicyInfo(
+        -1, {}, "a trained network: the one that comes along, or PATH, as deflector export wrote it", kind="learned"
+    ),
+    "lookahead": PolicyInfo(
+        -1,
+        {
+            "budget_us": (500, 0, math.inf),
+            "samples": (32, 1, 1000),
+            "horizon_s": (1, 0, 60),
+            "spread": (0.2, 0, 10),
+            "doubt": (2, 0, 100),
+        },
+        "thinks ahead: plays routes on in futures like the recent past, the base deciding, while there is time",
+        kind="planner",
+        base="triage",
+    ),
     "oracle_lookahead": PolicyInfo(
         -1,
         {"horizon_s": (2, 0, math.inf)},
@@ -89,7 +120,7 @@ class PolicySpec:
     Attributes:
         name: Key of `POLICIES`.
         parameters: All of them, defaults filled in.
-        path: Folder of a learned policy; empty for all others.
+        path: Folder of a learned policy, `SHIPPED` if none is named; empty for all others.
         base: The analytical policy that it builds on; empty if it takes none.
     """
 
@@ -112,6 +143,8 @@ class PolicySpec:
 def parse_policy(text: str) -> PolicySpec:
     """Reads `name`, `name:key=value,key=value` or `learned:PATH`; a path may hold anything but a comma.
 
+    `learned` alone is the policy that comes with the package.
+
     Raises:
         InputError: Saying what is allowed.
     """
@@ -121,7 +154,8 @@ def parse_policy(text: str) -> PolicySpec:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"unknown policy '{name}': {hint}known are {', '.join(POLICIES)}")
     if POLICIES[name].kind == "learned":
-        return PolicySpec(name, {}, path=_checked_path(text, tail.strip()))
+        path = str(SHIPPED) if text.strip() == name else _checked_path(text, tail.strip())
+        return PolicySpec(name, {}, path=path)
     allowed, base = POLICIES[name].parameters, POLICIES[name].base
     values = {key: default for key, (default, _, _) in allowed.items()}
     for item in filter(None, (part.strip() for part in tail.split(","))):
@@ -198,7 +232,7 @@ def policy_names(kind: str | None = None) -> tuple[str, ...]:
 def policy_labels(policies: Iterable[str]) -> dict[str, str]:
     """What tables call policies: of a learned one's path, as much of its end as tells it from the others."""
     specs = {text: parse_policy(text) for text in policies}
-    ends = {text: Path(spec.path).parts or (spec.path,) for text, spec in specs.items() if spec.path}
+    ends = {text: Path(spec.path).parts or (spec.path,) for text, spec in specs.items() if text.startswith("learned:")}
     labels = {text: text for text in specs}
     for text, parts in ends.items():
         others = [other for other in ends.values() if other != parts]
@@ -215,5 +249,5 @@ def describe_policies() -> list[tuple[str, str, str]]:
     for name, info in POLICIES.items():
         parameters = [f"{key}={default:g}" for key, (default, _, _) in info.parameters.items()]
         parameters += [f"base={info.base}"] if info.base else []
-        described.append((name, "PATH" if info.kind == "learned" else ", ".join(parameters), info.summary))
+        described.append((name, "[PATH]" if info.kind == "learned" else ", ".join(parameters), info.summary))
     return described

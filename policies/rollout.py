@@ -62,7 +62,7 @@ def rollout(spec: ClusterSpec, workload: Workload, policy: str, *, seed: int = 0
         InputError: If the policy or a profile is unknown.
     """
     chosen = parse_policy(policy)
-    if chosen.info.kind == "learned":
+    if chosen.info.kind in ("learned", "planner"):
         return play_policy(spec, workload, make_policy(policy), seed=seed, warmup_s=warmup_s)
     if chosen.info.kind == "oracle":
         world = play_with_oracle(spec, workload, policy, seed=seed, warmup_s=warmup_s)

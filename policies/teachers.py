@@ -21,6 +21,9 @@ class Teacher:
 
     To be asked once at every decision of a lane: rules such as `slo_price` count the arrivals that they were asked
     about. Those of a burn-in it never sees.
+
+    Attributes:
+        memory: (lanes, MEMORY) float64 that it keeps from one decision to the next.
     """
 
     def __init__(self, policy: str, count: int) -> None:
@@ -35,12 +38,12 @@ class Teacher:
         """
         spec = parse_analytical(policy)
         self._number, self._parameters = spec.info.number, spec.vector
-        self._memory = np.zeros((count, MEMORY))
+        self.memory = np.zeros((count, MEMORY))
         self._answer = np.zeros(at.DECISION_LENGTH)
 
     def forget(self, lane: int) -> None:
         """Begins anew in a lane, since a new episode has."""
-        self._memory[lane] = 0.0
+        self.memory[lane] = 0.0
 
     def actions(self, lanes: Lanes) -> IntArray:
         """(lanes,) int64: the possible action nearest to the rule's decision, in every lane at a decision; 0 elsewhere.
@@ -48,7 +51,7 @@ class Teacher:
         What no action comes near, or the one that does is masked out, is the default route.
         """
         actions = np.full(len(lanes), DEFAULT_ACTION, np.int64)
-        _teach(lanes.table, lanes.i, self._number, self._parameters, self._memory, self._answer, actions)
+        _teach(lanes.table, lanes.i, self._number, self._parameters, self.memory, self._answer, actions)
         return actions
 
 

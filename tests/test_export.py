@@ -42,8 +42,9 @@ def network(seed: int = 0, width: int = WIDTH) -> EquivariantNetwork:
             for name, tensor in made.named_parameters():
                 if name.endswith("bias"):
                     tensor.normal_(0, 0.1)
-            made.action_out.weight.mul_(50)
-            made.default_out.weight.mul_(50)
+            made.action_out.weight.normal_(0, 0.3)
+            made.default_out.weight.normal_(0, 0.3)
+            made.cost_weight.fill_(0.1)
     return made
 
 

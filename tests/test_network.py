@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from deflector.envs.schema import RULES, TOP, Cluster, Decode, Prefill, Schema
+from deflector.envs.schema import RULE_EXCESSES, RULES, TOP, Cluster, Decode, Prefill, Schema
 from deflector.training.network import EquivariantNetwork, EquivariantPolicy, MaskableEquivariantPolicy, network_of
 
 WIDTH = 16
@@ -23,9 +23,10 @@ def observations(schema: Schema, count: int, seed: int = 0) -> np.ndarray:
 def network(schema: Schema, seed: int = 0) -> EquivariantNetwork:
     torch.manual_seed(seed)
     made = EquivariantNetwork(schema.prefill_nodes, schema.decode_nodes, WIDTH)
-    with torch.no_grad():  # so that logits differ by more than rounding
-        made.action_out.weight.mul_(100)
-        made.default_out.weight.mul_(100)
+    with torch.no_grad():  # a fresh network's logits are all zero
+        made.action_out.weight.normal_()
+        made.default_out.weight.normal_()
+        made.cost_weight.fill_(0.5)
     return made
 
 
@@ -79,11 +80,14 @@ def test_a_cluster_twice_as_large_with_the_same_nodes_gets_the_same_logits() -> 
     )
 
 
-def test_a_fresh_policy_is_nearly_uniform() -> None:
+def test_a_fresh_policy_goes_by_predicted_costs_alone() -> None:
     schema = Schema(2, 2)
-    made = EquivariantNetwork(2, 2, 32)
-    logits = made.forward_actor(torch.from_numpy(observations(schema, 200)))
-    assert float(logits.detach().softmax(1).max()) < 0.2
+    seen = observations(schema, 200)
+    cluster, _, decode = parts(seen, schema)
+    excess = np.append(cluster[:, [Cluster.DEFAULT_EXCESS]], decode[:, :, RULE_EXCESSES].reshape(200, -1), axis=1)
+    for cost_weight in (0.0, 2.0):
+        made = EquivariantNetwork(2, 2, 32, cost_weight)
+        np.testing.assert_allclose(made.forward_actor(torch.from_numpy(seen)).detach(), -cost_weight * excess)
 
 
 @pytest.mark.parametrize("kind", [EquivariantPolicy, MaskableEquivariantPolicy])

@@ -51,6 +51,10 @@ def test_wheel_holds_every_module_and_the_data(wheel: Path) -> None:
     folders = {ROOT / folder: package.replace(".", "/") for package, folder in FOLDER_OF.items()}
     data = [ROOT / "src/deflector/py.typed", ROOT / "envs/shapes.json", *(ROOT / "envs/profiles").glob("*.json")]
     expected = {f"{folders[path.parent]}/{path.name}" for path in [*sources(), *data]}
+    for folder in ("policies/pretrained", "training/presets"):
+        kept = list((ROOT / folder).iterdir())
+        assert kept
+        expected |= {f"deflector/{folder}/{path.name}" for path in kept}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.startswith("deflector/")} == expected
 
@@ -65,7 +69,9 @@ import sys
 sys.path.insert(0, {str(installed)!r})
 import deflector.envs, deflector.policies, deflector.training, deflector.live
 from deflector.envs.step_time import load_profile
-print(load_profile("a100-deepseek-v2-lite"))
+from deflector.policies.policy_file import read_policy
+from deflector.policies.registry import parse_policy
+print(load_profile("a100-deepseek-v2-lite"), read_policy(parse_policy("learned").path).fingerprint)
 for name, module in sys.modules.items():
     if name.partition(".")[0] == "deflector":
         assert module.__file__.startswith({str(installed)!r}), module.__file__

@@ -21,7 +21,7 @@ def filled(kind: type[RolloutBuffer], discounts: np.ndarray | None, **kwargs: An
     starts = rng.random((6, 3)) < 0.3
     for step in range(6):
         if discounts is not None:
-            buffer.discounts[step] = discounts[step]
+            buffer.discounts[step], buffer.traces[step] = discounts[step], 0.8
         reward, value = rng.normal(size=3), torch.from_numpy(rng.normal(size=3).astype(np.float32))
         buffer.add(np.zeros((3, 2)), np.zeros((3, 1)), reward, starts[step], value, torch.zeros(3))
     buffer.compute_returns_and_advantage(torch.from_numpy(rng.normal(size=3)), rng.random(3) < 0.5)
@@ -29,23 +29,24 @@ def filled(kind: type[RolloutBuffer], discounts: np.ndarray | None, **kwargs: An
 
 
 def test_with_equal_discounts_it_is_sb3s_own_estimate() -> None:
-    own = filled(SemiMarkovBuffer, np.full((6, 3), 0.9, np.float32), gamma=1.0, gae_lambda=0.8)
+    own = filled(SemiMarkovBuffer, np.full((6, 3), 0.9, np.float32), gamma=1.0)
     theirs = filled(RolloutBuffer, None, gamma=0.9, gae_lambda=0.8)
     np.testing.assert_allclose(own.advantages, theirs.advantages, atol=1e-6)
     np.testing.assert_allclose(own.returns, theirs.returns, atol=1e-6)
 
 
 def test_three_steps_by_hand() -> None:
-    buffer = SemiMarkovBuffer(3, *SPACES, device="cpu", gamma=1.0, gae_lambda=0.5, n_envs=1)
-    steps = [(1.0, 0.5, 0.9, True), (-1.0, 1.0, 0.5, False), (2.0, 0.0, 0.8, False)]  # reward, value, discount, start
-    for reward, value, discount, start in steps:
-        buffer.discounts[buffer.pos] = discount
+    buffer = SemiMarkovBuffer(3, *SPACES, device="cpu", gamma=1.0, n_envs=1)
+    # reward, value, discount, trace, start
+    steps = [(1.0, 0.5, 0.9, 0.4, True), (-1.0, 1.0, 0.5, 0.5, False), (2.0, 0.0, 0.8, 0.7, False)]
+    for reward, value, discount, trace, start in steps:
+        buffer.discounts[buffer.pos], buffer.traces[buffer.pos] = discount, trace
         one = np.array([reward]), np.array([start]), torch.tensor([value]), torch.zeros(1)
         buffer.add(np.zeros((1, 2)), np.zeros((1, 1)), *one)
     buffer.compute_returns_and_advantage(torch.tensor([4.0]), np.array([False]))
     last = 2.0 + 0.8 * 4.0 - 0.0
     middle = -1.0 + 0.5 * 0.0 - 1.0 + 0.5 * 0.5 * last
-    first = 1.0 + 0.9 * 1.0 - 0.5 + 0.9 * 0.5 * middle
+    first = 1.0 + 0.9 * 1.0 - 0.5 + 0.9 * 0.4 * middle
     np.testing.assert_allclose(buffer.advantages[:, 0], [first, middle, last], rtol=1e-6)
 
 
@@ -95,7 +96,7 @@ def chance_of_fast(horizon_s: float | None, cut_after: int | None = None) -> flo
     model = PPO(
         "MlpPolicy", env, n_steps=64, batch_size=256, n_epochs=4, learning_rate=3e-3, seed=0, device="cpu", **timed
     )
-    model.learn(20_000, callback=ElapsedTime(horizon_s) if horizon_s else None)
+    model.learn(20_000, callback=ElapsedTime(horizon_s, trace_s=20.0) if horizon_s else None)
     with torch.no_grad():
         return float(model.policy.get_distribution(torch.zeros(1, 2)).distribution.probs[0, 0])
 

@@ -31,8 +31,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
             "scenario.cluster=[1P1D]", f"scenario.trace=['{path}']", "scenario.rate_rps=10.0",
             "scenario.slo_ttft=['0.1+1.6x']", "scenario.slo_tbt_s=0.06", "scenario.max_decisions=null",
             "scenario.burn_in_decisions=0", "lanes=64", "on_policy.n_steps=24", "on_policy.batch_size=256",
-            "on_policy.horizon_s=1000", "on_policy.gae_lambda=1.0", "on_policy.learning_rate=3e-3",
-            "on_policy.entropy_weight=0.01", "on_policy.target_kl=null",
+            "network.cost_weight=0", "on_policy.horizon_s=1000", "on_policy.trace_s=1000",
+            "on_policy.learning_rate=3e-3", "on_policy.entropy_weight=0.01", "on_policy.target_kl=null",
         ],
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_training_reaches_the_optimum_within_two_per_cent(
     torch.set_num_threads(1)
     lanes = make_lanes(config)
     model = make_model(config, DeflectionVecEnv(lanes, horizon_s=None), lanes.schema)
-    model.learn(40_000, callback=ElapsedTime(config.on_policy.horizon_s))
+    model.learn(40_000, callback=ElapsedTime(config.on_policy.horizon_s, config.on_policy.trace_s))
     found = greedy(DeflectionVectorEnv(1, **config.scenario.model_dump()), network_of(model.policy))
     best = max(returns.values())
     assert found == pytest.approx(best, rel=0.02)

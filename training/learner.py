@@ -43,11 +43,10 @@ def make_model(config: TrainConfig, env: DeflectionVecEnv, schema: Schema) -> On
         "learning_rate": LinearSchedule(settings.learning_rate, FINAL_RATE * settings.learning_rate, 1.0),
         "n_steps": settings.n_steps,
         "gamma": 1.0,  # the discount is the buffer's, by time
-        "gae_lambda": settings.gae_lambda,
         "ent_coef": settings.entropy_weight,
         "vf_coef": settings.value_weight,
         "max_grad_norm": settings.max_grad_norm,
-        "policy_kwargs": {"schema": schema, "width": config.network.width},
+        "policy_kwargs": {"schema": schema, **config.network.model_dump()},
         "stats_window_size": EPISODES_AVERAGED,
         "seed": config.seed,
         "device": "cpu",

@@ -126,7 +126,7 @@ class RunFolder:
             note.unlink()
             note.with_suffix(".zip").unlink(missing_ok=True)
 
-    def note(self, decisions: int, figures: Mapping[str, float]) -> None:
+    def note(self, decisions: int, figures: Mapping[str, float | list[float]]) -> None:
         """Adds a row to the learning curve.
 
         Raises:

@@ -125,6 +125,41 @@ class Export:
     """Write what was exported here: checkpoint, size, hashes."""
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Say what policies gain and lose, from runs that `deflector evaluate --json` has written.
+
+    The first file is the suite; every other one asks whether the gain holds elsewhere: other sizes, hardware, traces.
+    Policies are compared on the runs that both have played, with 95 % intervals bootstrapped over runs. Verdicts are
+    held against the goals of this project: see docs/evaluation.md.
+
+    For example:
+
+    deflector evaluate --workload all --load 0.7,0.95 --policies kairos,slo_price,learned --seeds 0-4 --json suite.json
+
+    deflector judge suite.json --candidates learned
+    """
+
+    files: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE [FILE...]")]
+    """Files of deflector evaluate --json."""
+    candidates: Annotated[str, arg(metavar="NAME[,NAME...]")] = "learned"
+    """Policies to be judged."""
+    reference: Annotated[str, arg(metavar="NAME")] = "kairos"
+    """Policy that gains are counted from."""
+    rivals: Annotated[
+        str | None, arg(metavar="NAME[,NAME...]", help_behavior_hint=default("the analytical ones in the files"))
+    ] = None
+    """Policies of which the best in each cell, chosen with hindsight, is what regret is measured against."""
+    oracle: Annotated[str, arg(metavar="NAME")] = "oracle_lookahead"
+    """Policy that knows the future, where it has played."""
+    decode_bound: Annotated[str, arg(metavar="NAME[,NAME...]")] = "low_prefill_high_decode"
+    """Workloads in which decode is what binds."""
+    cells: bool = False
+    """Also show every cell."""
+    json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write every figure here."""
+
+
 def read_numbers(text: str, flag: str) -> list[float]:
     """Reads `0.5,0.7` as positive numbers, in their order and once each.
 

@@ -26,9 +26,10 @@ from deflector.training.run_folder import Progressed, RunFolder
 from deflector.training.sb3_logging import TrackerOutput
 from deflector.training.semi_markov import ElapsedTime
 from deflector.training.tracking import Tracker, make_tracker
-from deflector.training.train_config import TrainConfig, read_config
+from deflector.training.train_config import NETWORK, TrainConfig, read_config
 from deflector.training.train_evolution import run_evolution
 from deflector.training.train_flags import Train
+from deflector.training.train_readout import run_readout_evolution
 from deflector.training.validation import Validated, Validator
 from deflector.training.validation_report import draw_validation, print_validation
 from deflector.training.vec_env import DeflectionVecEnv
@@ -86,10 +87,12 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         InputError: In one line, with the remedy.
         OSError: If the last checkpoint or the results cannot be written.
     """
-    if flags.resume is not None and (flags.config or flags.out or flags.changes()):
+    if flags.preset is not None and flags.config is not None:
+        raise InputError("--preset and --config: give one of the two; --print-config --preset NAME makes a file of it")
+    if flags.resume is not None and (flags.preset or flags.config or flags.out or flags.changes()):
         raise InputError("--resume: a run keeps its own configuration and folder: leave the other flags out")
     folder = None if flags.resume is None else RunFolder.resume(flags.resume)
-    config = read_config(flags.config, flags.changes()) if folder is None else folder.config
+    config = read_config(flags.config or _preset(flags.preset), flags.changes()) if folder is None else folder.config
     if flags.print_config:
         console.print(config.as_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
         return {}
@@ -98,6 +101,11 @@ def train(flags: Train, console: Console) -> dict[str, Any]:
         folder = folder or RunFolder.begin(flags.out or f"runs/{config.algorithm}-seed{config.seed}", config)
         trained = _tracked(folder, prepared, flags.track, progress, console)
     return _finish(flags, folder, trained, console)
+
+
+def _preset(name: str | None) -> str | None:
+    """The file of a preset."""
+    return None if name is None else str(Path(__file__).parent / "presets" / f"{name}.yaml")
 
 
 def prepare(config: TrainConfig, progress: Progress) -> Prepared:
@@ -144,6 +152,9 @@ def run(folder: RunFolder, prepared: Prepared, tracker: Tracker, progress: Progr
         tracker.table("validation", decisions, *found.table())
         tracker.figure("validation", decisions, draw_validation(found))
 
+    if folder.config.algorithm == "evolution" and folder.config.evolution.policy == NETWORK:
+        found = run_readout_evolution(folder, prepared.lanes.schema, prepared.validator, tracker, progress, report)
+        return Trained(*found, None)
     if folder.config.algorithm == "evolution":
         policy, decisions, validated = run_evolution(folder, prepared.validator, tracker, progress, report)
         return Trained(policy, decisions, validated, (validated.attainment, decisions), None)
@@ -204,7 +215,7 @@ def _learn(
     progress.begin("training", total=config.decisions, done=at.decisions)
     begun_s = time.perf_counter()
     if at.decisions < config.decisions and not keeper.has_stopped:
-        callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s), keeper])
+        callbacks = CallbackList([ElapsedTime(config.on_policy.horizon_s, config.on_policy.trace_s), keeper])
         try:
             model.learn(config.decisions - at.decisions, callback=callbacks, reset_num_timesteps=newest is None)
         except ValueError:  # what torch's distributions say to logits that are not finite
@@ -244,16 +255,23 @@ def _warm_start(
 ) -> None:
     settings = folder.config.warm_start
     seeds = np.random.SeedSequence([folder.config.seed, 0, _WARM_START])
-    shown = prepared.shown
-    if shown is None:
-        assert settings.teacher is not None
-        progress.begin(f"{settings.teacher} demonstrates", total=settings.decisions)
-        shown = demonstrate(prepared.lanes, settings.teacher, settings, seeds, progress.advance)
-        shown.save(folder.path / "demonstrations.safetensors")
-    progress.begin(f"imitating {shown.teacher}")
-    same = imitate(network, shown, settings, np.random.default_rng(seeds.spawn(1)[0]))
-    progress.end()
-    console.print(f"Imitated {shown.teacher}: the same action in {same:.1%} of its decisions", highlight=False)
+    shown = [] if prepared.shown is None else [prepared.shown]
+    if shown and settings.learn == "costs" and not len(shown[0].costs):
+        raise InputError(f"warm_start.learn: {shown[0].teacher} told its choice alone in {settings.demonstrations}")
+    for number in range(settings.rounds):
+        if prepared.shown is None:
+            assert settings.teacher is not None
+            progress.begin(f"{settings.teacher} demonstrates, round {number + 1}", total=settings.decisions)
+            learner = network if number else None
+            shown.append(demonstrate(prepared.lanes, settings.teacher, settings, seeds, progress.advance, learner))
+            shown[-1].save(folder.path / f"demonstrations-{number + 1}.safetensors")
+        progress.begin(f"imitating {shown[-1].teacher}")
+        score = imitate(network, shown, settings, np.random.default_rng(seeds.spawn(1)[0]))
+        progress.end()
+        told = f"the same action in {score:.1%} of its decisions"
+        if settings.learn == "costs":
+            told = f"{score:+.4f} misses a decision against its base"
+        console.print(f"Imitated {shown[-1].teacher}, round {number + 1}: {told}", highlight=False)
 
 
 def _finish(flags: Train, folder: RunFolder, trained: Trained, console: Console) -> dict[str, Any]:

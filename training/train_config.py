@@ -11,6 +11,9 @@ from deflector.envs.errors import InputError
 from deflector.envs.scenarios import ScenarioSettings
 from deflector.policies.registry import parse_analytical, parse_policy
 
+NETWORK = "network"
+"""`Evolution.policy` of a network's readout."""
+
 Positive = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,6 +29,9 @@ class Network(_Section):
 
     width: Annotated[int, Field(ge=4, le=512)] = 32
     """Units of each hidden layer."""
+    cost_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """What each action's logit loses, at first, for costing more than the cheapest by prediction (see
+    `EquivariantNetwork`): training begins near the policy slo_price; 0: from scratch."""
 
 
 class OnPolicy(_Section):
@@ -41,8 +47,8 @@ class OnPolicy(_Section):
     """At the beginning; it falls linearly to a tenth."""
     horizon_s: Positive = 5.0
     """What happens so many seconds later counts 1/e of what happens now."""
-    gae_lambda: Share = 0.95
-    """Of the generalised advantage estimate."""
+    trace_s: Positive = 3.0
+    """What a decision led to so many seconds later counts 1/e in its advantage; the rest is the critic's word."""
     clip_range: Positive = 0.2
     """Of the probability ratio."""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.002
@@ -65,7 +71,13 @@ class WarmStart(_Section):
     demonstrations: str | None = None
     """A file of stored demonstrations in the teacher's place: an earlier run's demonstrations.safetensors."""
     decisions: Natural = 200_000
-    """Decisions that the teacher shows."""
+    """Decisions that the teacher shows in each round."""
+    learn: Literal["actions", "costs"] = "actions"
+    """To do as the teacher does; or what every action leads to, which the oracle alone tells."""
+    labelled_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of all decisions that the teacher looks at; where the oracle does not, its base plays on."""
+    rounds: Annotated[int, Field(ge=1, le=100)] = 1
+    """From the second on, the learner plays and the teacher only looks (DAgger)."""
     explore: Share = 0.1
     """Share of the decisions at which a random action is taken instead of the one shown, so that the states are not
     the teacher's alone."""
@@ -78,6 +90,8 @@ class WarmStart(_Section):
     def _one_source(self) -> "WarmStart":
         if self.teacher is not None and self.demonstrations is not None:
             raise ValueError("teacher and demonstrations: give one of the two")
+        if self.demonstrations is not None and self.rounds > 1:
+            raise ValueError("rounds: stored demonstrations are of one round: name the teacher instead")
         return self
 
     @property
@@ -104,10 +118,12 @@ class Validation(_Section):
 
 
 class Evolution(_Section):
-    """CMA-ES on an analytical policy's parameters, on a logarithmic scale around their defaults."""
+    """CMA-ES on an analytical policy's parameters, on a logarithmic scale; or on the network's readout."""
 
     policy: str = "slo_price"
-    """Whose parameters."""
+    """Whose parameters; `network` for those of the network's logits, its features staying as they were drawn."""
+    waiting_weight: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """What a request pays for each TTFT SLO that it waits, beside 1 for an SLO missed; of the network alone."""
     population: Annotated[int, Field(ge=4, le=1000)] = 12
     """Candidates of a generation."""
     episodes: Natural = 12
@@ -147,7 +163,8 @@ class TrainConfig(_Section):
     def _names_exist(self) -> "TrainConfig":
         for name in self.validation.policies:
             parse_policy(name)
-        if not parse_analytical(self.evolution.policy).parameters and self.algorithm == "evolution":
+        rule = None if self.evolution.policy == NETWORK else parse_analytical(self.evolution.policy)
+        if rule is not None and not rule.parameters and self.algorithm == "evolution":
             raise ValueError(f"evolution.policy: {self.evolution.policy} has no parameters: choose such as slo_price")
         if self.rollout_decisions % self.on_policy.batch_size == 1:
             raise ValueError(
@@ -157,6 +174,8 @@ class TrainConfig(_Section):
         teacher = self.warm_start.teacher
         if teacher is not None and parse_policy(teacher).info.kind != "oracle":
             parse_analytical(teacher)
+            if self.warm_start.learn == "costs":
+                raise ValueError(f"warm_start.learn: {teacher} tells its choice alone: ask the oracle")
         return self
 
     @property

@@ -18,9 +18,10 @@ def run_evolution(
     progress: Progress,
     report: Callable[[Validated, int], None],
 ) -> tuple[str, int, Validated]:
-    """Evolves the parameters that the folder's configuration names; generations that a killed run left are not played.
+    """Evolves an analytical policy's parameters as the folder's configuration says.
 
-    The curve keeps every generation with the costs of its candidates; `best.json` names the policy.
+    Generations that a killed run left are not played. The curve keeps every generation with the costs of its
+    candidates; `best.json` names the policy.
 
     Returns:
         The policy's name, the decisions of the whole search, and the policy's validation.
@@ -49,5 +50,3 @@ def run_evolution(
     report(validated, decisions)
     write_json(folder.path / "best.json", {"policy": policy, "slo_attainment": validated.attainment})
     return policy, decisions, validated
-
-

@@ -14,10 +14,10 @@ _FROM_CONFIG = default("the configuration's")
 class Train:
     """Train a routing policy in the simulator.
 
-    A network that scores every node, trained by MaskablePPO (or PPO, A2C), or CMA-ES on an analytical policy's
-    parameters. One configuration says everything: defaults, then --config, then flags. The run's folder holds it, the
-    learning curve, checkpoints, and the exported policies best/ and latest/, which `deflector evaluate --policies
-    learned:DIR` takes. A run that was killed goes on with --resume as if nothing had happened.
+    A network that scores every node, trained by MaskablePPO (or PPO, A2C), or by CMA-ES, which also tunes an analytical
+    policy's parameters. One configuration says everything: defaults, then --preset or --config, then flags. The run's
+    folder holds it, the learning curve, checkpoints, and the exported policies best/ and latest/, which `deflector
+    evaluate --policies learned:DIR` takes. A run that was killed goes on with --resume as if nothing had happened.
 
     A checkpoint (.zip) is stable-baselines3's own and can hold code: it is read by --resume and `deflector export`
     alone, and of it only the tensors. Share exported policies, not checkpoints.
@@ -29,10 +29,14 @@ class Train:
     deflector train --teacher slo_price --set on_policy.epochs=4 validation.patience=5 --out runs/second
 
     deflector train --print-config > train.yaml
+
+    deflector train --preset shipped --out runs/shipped
     """
 
     config: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """YAML; --print-config shows every key."""
+    preset: Annotated[Literal["shipped"] | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """shipped: the configuration of the policy that comes with the package, `learned`."""
     out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint=default("runs/ALGORITHM-seedN"))] = None
     """The run's folder."""
     resume: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 
 from deflector.envs.errors import InputError
 from deflector.envs.generators import shape_names
@@ -127,12 +126,7 @@ class Validator:
         """Plays the network's most likely actions on every episode."""
         self._network.load_state_dict(network.state_dict())
 
-        def act(seen: Observation, masks: Mask) -> IntArray:
-            with torch.no_grad():
-                logits = self._network.forward_actor(torch.from_numpy(seen)).numpy()
-            return np.where(masks, logits, -np.inf).argmax(axis=1)
-
-        return self._beside_others(play(self._flat, self.schema, act))
+        return self._beside_others(play(self._flat, self.schema, self._network.most_likely))
 
     def judge_analytical(self, policy: str) -> Validated:
         """The same for an analytical policy in the learner's place."""

@@ -79,7 +79,7 @@ def play_event(w: World) -> int:
         else:
             enter_wire(w, slot, next_s)
     else:
-        _arrive(w, arrival)
+        arrive(w, arrival)
         return at.DECIDE
     return at.GO_ON
 
@@ -96,7 +96,8 @@ def _nothing_left(w: World, step_s: float, transfer_s: float) -> bool:
 
 
 @inner
-def _arrive(w: World, request: int) -> None:
+def arrive(w: World, request: int) -> None:
+    """Gives a request a slot and stops at it: it waits to be routed."""
     w.i[at.H_NEXT_ARRIVAL] += 1
     slot = take_slot(w)
     sb = slot_base(w.i, slot)

@@ -92,7 +92,7 @@ def end_step(w: World, node: int, now_s: float) -> None:
         if w.i[sb + at.COMPUTED] == w.i[sb + at.TARGET]:
             unlink_prefill(w, node, slot)
             if w.i[sb + at.PATH] == _DISAGGREGATE and not w.i[sb + at.HANDED]:
-                _hand_over(w, node, slot, now_s)
+                hand_over(w, node, slot, now_s)
             else:
                 _begin_decoding(w, node, slot, now_s)
         slot = after
@@ -150,7 +150,7 @@ def _append_ready(w: World, node: int, slot: int) -> None:
 
 
 @inner
-def _hand_over(w: World, node: int, slot: int, now_s: float) -> None:
+def hand_over(w: World, node: int, slot: int, now_s: float) -> None:
     """The prefill node is done; its blocks stay until the decode node has pulled them."""
     sb = slot_base(w.i, slot)
     unlink(w, node, at.RUN_HEAD, slot)

@@ -20,7 +20,7 @@ from tyro.conf import subcommand
 import deflector
 from deflector import commands
 from deflector.envs.errors import InputError
-from deflector.training.settings import Evaluate, Export, Saturation
+from deflector.training.settings import Evaluate, Export, Judge, Saturation
 from deflector.training.train_flags import Train
 
 OVERVIEW = """Learn and deploy prefill deflection for disaggregated LLM serving.
@@ -46,6 +46,7 @@ PIPED_COLUMNS = 120
 
 COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     Evaluate: ("evaluate", commands.run_evaluate),
+    Judge: ("judge", commands.run_judge),
     Saturation: ("saturation", commands.run_saturation),
     Train: ("train", commands.run_train),
     Export: ("export", commands.run_export),

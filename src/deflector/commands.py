@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
 from deflector.envs.errors import InputError
-from deflector.training.settings import Evaluate, Export, Saturation
+from deflector.training.settings import Evaluate, Export, Judge, Saturation
 from deflector.training.train_flags import Train
 
 # Everything else is imported where it is used: `deflector --help` shall not wait for Numba, let alone for torch.
@@ -193,6 +193,13 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
     from deflector.training.evaluate import evaluate
 
     evaluate(flags, console)
+
+
+def run_judge(flags: Judge, console: Console) -> None:
+    """Carries out `deflector judge`."""
+    from deflector.training.judge_report import run_judge
+
+    run_judge(flags, console)
 
 
 def run_saturation(flags: Saturation, console: Console) -> None:
