@@ -19,7 +19,7 @@ FINAL := $(BIN)/deflector evaluate --no-decision-timing --warmup 10
 FULL := --seeds 1000-1003 --duration 60
 LONG := --seeds 1000-1003 --duration 600
 SHORT := --seeds 1000,1001 --duration 60
-RIVALS := never,kairos,kairos:alpha=1.0,least_ttft:beta=0.7,conditional:tokens=512,busy_tokens=16384,slo_price,triage
+RIVALS := never,kairos,kairos:alpha=0.7,least_ttft:beta=0.6,conditional:busy_tokens=1e9,decode_busy=0.4,slo_price,triage
 BURSTS := low_prefill_low_decode,high_prefill_low_decode,high_prefill_high_decode
 SHAPES := $(BURSTS),low_prefill_high_decode,poisson_control
 VERDICT := $(BIN)/deflector judge --oracle oracle_lookahead:horizon_s=4,base=triage --cells
