@@ -280,11 +280,11 @@ def test_integers_of_all_kinds_are_actions(action: Any) -> None:
 def test_what_is_no_integer_is_refused_in_one_line(action: Any) -> None:
     env = DeflectionEnv(**SMALL)
     env.reset(seed=1)
-    with pytest.raises(InputError, match="give one integer from 0 to 10"):
+    with pytest.raises(InputError, match="give one integer from 0 to 12"):
         env.step(action)
 
 
-@pytest.mark.parametrize("action", [-1, 11, 10**30, -(10**30)])
+@pytest.mark.parametrize("action", [-1, 13, 10**30, -(10**30)])
 def test_a_number_out_of_range_takes_the_default_route(action: int) -> None:
     env, other = DeflectionEnv(**SMALL), DeflectionEnv(**SMALL)
     env.reset(seed=1), other.reset(seed=1)
