@@ -267,15 +267,14 @@ def test_a_learned_policy_is_named_by_its_folder(folder: Path) -> None:
         "kairos:alpha=1,beta=2",
     ]
     assert isinstance(make_policy(f"learned:{folder}"), LearnedPolicy)
-    assert ("learned", "PATH") in [entry[:2] for entry in describe_policies()]
+    assert ("learned", "[PATH]") in [entry[:2] for entry in describe_policies()]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learned", "name its folder, as in learned:my-policy"),
-        ("learned:", "name its folder"),
-        ("never,learned", "name its folder"),
+        ("learned:", "name its folder, as in learned:my-policy"),
+        ("never,learned:", "name its folder"),
         ("learned:a,lr=1", "policy 'learned:a,lr=1': a comma ends a policy's name: rename the folder"),
         ("learned:a,b", "unknown policy 'b' after learned:a, whose path ends at the comma"),
         ("learnt:a", "did you mean learned"),
