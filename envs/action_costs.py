@@ -86,12 +86,12 @@ def write_excesses(q: Question, usual: int, room: int, scratch: FloatArray, seen
         number += 1
     least = min(least, _HIGHEST_COST)
     seen[_LEAST] = least
-    seen[_DEFAULT] = max(seen[_DEFAULT] - least, 0.0) / COST_GRAIN
+    seen[_DEFAULT] = max(float(seen[_DEFAULT]) - least, 0.0) / COST_GRAIN
     for number in range(room):
         row = first_row + number * _DECODE_WIDTH
         if seen[row + _PRESENT] != 0.0:
             for k in range(row + _FIRST, row + _FIRST + RULES):
-                seen[k] = max(seen[k] - least, 0.0) / COST_GRAIN
+                seen[k] = max(float(seen[k]) - least, 0.0) / COST_GRAIN
 
 
 @inner
