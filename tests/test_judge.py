@@ -116,6 +116,11 @@ def test_files_that_are_no_evaluations_are_refused(tmp_path: Path, content: str 
         read_runs([str(path)])
 
 
+def test_without_files_there_is_nothing_to_judge(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["judge"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_policies_that_have_not_played_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["judge", written(tmp_path, "suite", suite()), "--candidates", "never"]) == 2
     assert "never has played in none of the files; there are kairos, slo_price, learned" in capsys.readouterr().err

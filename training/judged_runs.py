@@ -55,7 +55,7 @@ def read_runs(paths: Iterable[str]) -> JudgedRuns:
     """Reads files of `deflector evaluate --json`; two files of the same name are one group.
 
     Raises:
-        InputError: If one is none.
+        InputError: If one is none, or there is none.
     """
     groups: list[str] = []
     figures: dict[CellKey, dict[str, dict[int, tuple[float, ...]]]] = {}
@@ -72,6 +72,8 @@ def read_runs(paths: Iterable[str]) -> JudgedRuns:
                 raise InputError(
                     f"{path}: a cell lacks {error}: write it anew with deflector evaluate --json"
                 ) from error
+    if not figures:
+        raise InputError("no runs to judge: name a file of deflector evaluate --json")
     return JudgedRuns(tuple(dict.fromkeys(groups)), figures)
 
 
