@@ -222,7 +222,7 @@ def test_small_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    flags = [*TINY, "--seeds", "0-399", "--duration", "100", "--json", str(tmp_path / "out.json")]
+    flags = [*TINY, "--seeds", "0-999", "--duration", "100", "--json", str(tmp_path / "out.json")]
     journal = tmp_path / "out.json.partial.jsonl"
     command = [sys.executable, "-m", "deflector", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -233,8 +233,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, number: signal
     assert process.returncode == code
     assert complaint == ("deflector: stopped: interrupted\n" if number == signal.SIGINT else "")
     kept = [line for line in journal.read_text().split("\n")[:-1] if line]
-    assert 3 <= len(kept) < 800
+    assert 3 <= len(kept) < 2000
     result = deflector(*flags)
     assert result.returncode == 0, result.stderr
-    assert len(json.loads((tmp_path / "out.json").read_text())["cells"]) == 800
+    assert len(json.loads((tmp_path / "out.json").read_text())["cells"]) == 2000
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]

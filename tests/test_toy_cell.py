@@ -16,7 +16,7 @@ from deflector.training.train_config import TrainConfig, read_config
 from deflector.training.vec_env import DeflectionVecEnv
 
 REQUESTS = ((0.0, 9000, 60), (0.1, 9000, 60), (0.2, 700, 40), (0.3, 9000, 60), (0.4, 700, 40), (0.5, 6000, 60))
-CHOICES = (0, *(1 + rule for rule in Rule if rule != Rule.JOIN))  # on 1P1D, JOIN is the default route
+CHOICES = (0, *(1 + rule for rule in Rule if rule not in (Rule.JOIN, Rule.JOIN_LAST)))  # on 1P1D, JOIN is the default
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture(scope="module")
 def returns(config: TrainConfig) -> dict[tuple[int, ...], float]:
     """The undiscounted return of every sequence of actions."""
-    assert len(CHOICES) == RULES
+    assert len(CHOICES) == RULES - 1
     sequences = list(product(CHOICES, repeat=len(REQUESTS)))
     env = DeflectionVectorEnv(len(sequences), copy=False, **config.scenario.model_dump())
     env.reset(seed=0)

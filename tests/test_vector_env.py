@@ -166,7 +166,7 @@ def test_gymnasiums_wrappers_understand_it() -> None:
         rewards += reward[1]
     assert set(infos[0]["reward_parts"]) == {"ttft", "tbt", "waiting"}
     assert infos[1]["episode"]["r"] == pytest.approx(rewards) and infos[1]["episode"]["l"] == 6
-    assert infos[1]["final_info"]["requests"] == 6 and infos[1]["final_obs"].shape == (66,)
+    assert infos[1]["final_info"]["requests"] == 6 and infos[1]["final_obs"].shape == (81,)
 
 
 def test_what_became_of_a_lanes_requests_can_be_asked() -> None:
