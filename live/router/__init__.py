@@ -1,0 +1,1 @@
+"""`deflector serve`: an OpenAI-compatible router in front of vLLM's prefill and decode engines."""
