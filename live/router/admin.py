@@ -15,7 +15,7 @@ from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines
 from deflector.live.router.metrics import node_facts
 from deflector.live.router.policy_slot import PolicySlot
-from deflector.live.router.warm_pairs import warm_up
+from deflector.live.router.warm_pairs import pairs_with, warm_up
 from deflector.live.router.watch import Watch
 
 
@@ -70,10 +70,7 @@ class Admin:
         node.alive = await self._watch.is_healthy(node)
         problems = []
         if self._warm and node.alive:
-            sources = self._fleet.prefill_nodes if node.spec.role != "prefill" else [node]
-            targets = self._fleet.decode_nodes if node.spec.role != "decode" else [node]
-            pairs = [(s, t) for s in sources for t in targets if s is not t and node in (s, t)]
-            problems = await warm_up(self._engines, pairs)
+            problems = await warm_up(self._engines, pairs_with(self._fleet, node))
         self._watch.follow(node)
         return node_facts(node, now_s()) | {"problems": problems}
 

@@ -66,16 +66,11 @@ class RouterMetrics:
         self.ready = Gauge(
             "deflector_ready", "1 once requests are welcome, 0 while starting or draining", registry=registry
         )
-        self._known: dict[tuple[str, str, str], Counter] = {}
         registry.register(_Nodes(fleet))
 
     def decided(self, answer: Answer) -> None:
         """Counts a decision."""
-        key = answer.policy, PATHS[answer.decision.path], answer.reason
-        counter = self._known.get(key)
-        if counter is None:
-            counter = self._known[key] = self._decisions.labels(*key)
-        counter.inc()
+        self._decisions.labels(answer.policy, PATHS[answer.decision.path], answer.reason).inc()
         self._decision_s.observe(answer.took_s)
 
     def first_token(self, decision: Decision, path: str, ttft_s: float) -> None:

@@ -106,21 +106,19 @@ class Correction:
 
 
 class Leg:
-    """One request on its way to one node and back, with the time by which something must happen."""
+    """One request on its way to one node and back.
+
+    Attributes:
+        deadline_s: By when something must come from the node, or the client must have taken what it was sent.
+        waits_for_client: Which of the two.
+        expired: Why it was ended; empty while it was not.
+    """
 
     __slots__ = ("_scope", "deadline_s", "expired", "waits_for_client")
 
     def __init__(self, scope: asyncio.Timeout, deadline_s: float) -> None:
         """Ends `scope` when it expires."""
         self._scope, self.deadline_s, self.expired, self.waits_for_client = scope, deadline_s, "", False
-
-    def wait_for_node(self, deadline_s: float) -> None:
-        """Something must come from the node by then."""
-        self.deadline_s, self.waits_for_client = deadline_s, False
-
-    def wait_for_client(self, deadline_s: float) -> None:
-        """The client must have taken what it was sent by then."""
-        self.deadline_s, self.waits_for_client = deadline_s, True
 
     def expire(self, why: str) -> None:
         """Ends the leg now, wherever it waits."""

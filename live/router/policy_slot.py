@@ -15,6 +15,7 @@ from deflector.live.router.fleet import Fleet
 from deflector.policies.policy import Policy, make_policy
 from deflector.policies.registry import parse_policy
 
+_HEALTHY, _ROLE = int(StateRow.HEALTHY), int(NodeField.ROLE)
 _WARM_UP_PROMPTS = (16, 700, 9000)
 
 
@@ -85,13 +86,15 @@ def can_be_done(decision: Decision, state: ClusterState) -> bool:
     """Whether nodes that are up and of the right roles can carry a decision out; a rejection always can."""
     if decision.path == Path.REJECT:
         return True
-    roles, healthy = state.facts.nodes[:, NodeField.ROLE], state.healthy
     target, source = decision.decode_node, decision.prefill_node
-    if not 0 <= target < len(roles) or not healthy[target] or roles[target] == NodeRole.PREFILL:
+    if not _serves(state, target, NodeRole.PREFILL):
         return False
-    if decision.path != Path.DISAGGREGATE:
-        return True
-    return 0 <= source < len(roles) and source != target and bool(healthy[source]) and roles[source] != NodeRole.DECODE
+    return decision.path != Path.DISAGGREGATE or (source != target and _serves(state, source, NodeRole.DECODE))
+
+
+def _serves(state: ClusterState, node: int, wrong_role: NodeRole) -> bool:
+    facts = state.facts.nodes
+    return 0 <= node < len(facts) and state.rows[_HEALTHY, node] > 0 and facts[node, _ROLE] != wrong_role
 
 
 def tried_policy(text: str, seed: int, facts: ClusterFacts) -> Policy:

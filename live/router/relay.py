@@ -252,7 +252,7 @@ class Relay:
     ) -> None:  # fmt: skip
         """Passes a stream's bytes on as they come, and counts its events."""
         clock, idle_s = asyncio.get_running_loop().time, self._timeouts.idle_s
-        name, events, tail = flight.target.name, 0, b""
+        read, name, events, tail = response.content.readany, flight.target.name, 0, b""
         while data:
             count = data.count(b"\n\n")
             events += count
@@ -260,10 +260,13 @@ class Relay:
             if events > client.events_allowed:
                 raise LegFailure("garbage", f"{name} does not stop at max_tokens")
             tail = data[-16:] if len(data) >= 16 else (tail + data)[-16:]
-            leg.wait_for_client(clock() + idle_s)
-            await _to_client(out.write(data))
-            leg.wait_for_node(clock() + idle_s)
-            data = await response.content.readany()
+            leg.deadline_s, leg.waits_for_client = clock() + idle_s, True
+            try:
+                await out.write(data)
+            except _GONE as error:
+                raise ClientGone from error
+            leg.waits_for_client = False
+            data = await read()
         if b"[DONE]" not in tail:
             raise LegFailure("reset", f"{name} ended its stream early")
 
@@ -281,6 +284,7 @@ class Relay:
         }
 
 
+_GONE = (ConnectionError, aiohttp.ClientError)
 _EVENT_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
 
@@ -288,7 +292,7 @@ async def _to_client(writing: Any) -> None:
     """Does something to the client's connection, whose end is no node's fault."""
     try:
         await writing
-    except (ConnectionError, aiohttp.ClientError) as error:
+    except _GONE as error:
         raise ClientGone from error
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 import os
 from collections.abc import Awaitable, Callable
 
@@ -20,6 +21,7 @@ from deflector.live.router.legs import Engines
 from deflector.live.router.metrics import RouterMetrics, node_facts
 from deflector.live.router.relay import RETRY_AFTER_S, ClientGone, Relay
 
+_log = logging.getLogger(__name__)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 MODELS = "/v1/models"
 _NOT_PASSED_ON = frozenset(
@@ -69,6 +71,9 @@ class Face:
             return web.Response(status=499)
         except HTTPException as error:
             return refused(Refusal(error.status, error.reason, code="http"))
+        except Exception:
+            _log.exception("%s %s", http.method, http.path)
+            return refused(Refusal(500, "the router failed; its log says why", code="internal"))
 
     def _other(self, http: web.BaseRequest) -> Handler:
         if self._admin_key and self._admin.knows(http):
@@ -115,6 +120,9 @@ class Face:
             if http.content_length is not None and http.content_length > limit:
                 raise HTTPRequestEntityTooLarge(limit)
             async with asyncio.timeout(self._config.timeouts.body_s):
+                if http.headers.get("expect", "").lower() == "100-continue":
+                    await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    http.writer.output_size = 0
                 return await http.read()
         except HTTPRequestEntityTooLarge:
             raise Refusal(413, f"the body is longer than {limit} bytes", code="body_too_long") from None

@@ -9,6 +9,7 @@ import orjson
 
 from deflector.live.router.client_request import COMPLETIONS, TokensPerText, read_request
 from deflector.live.router.failures import LegFailure
+from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines
 from deflector.live.router.nodes import Node
 
@@ -16,6 +17,12 @@ AT_ONCE = 4
 PAIR_S = 30.0
 _PROMPT_TOKENS = 64
 _numbers = itertools.count()
+
+
+def pairs_with(fleet: Fleet, node: Node) -> list[tuple[Node, Node]]:
+    """The pairs of prefill and decode nodes that one node belongs to, as far as both are up."""
+    pairs = [(source, target) for source in fleet.prefill_nodes for target in fleet.decode_nodes]
+    return [(s, t) for s, t in pairs if s is not t and node in (s, t) and s.model and t.model]
 
 
 async def warm_up(engines: Engines, pairs: Iterable[tuple[Node, Node]]) -> list[str]:

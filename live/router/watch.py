@@ -14,6 +14,7 @@ from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines
 from deflector.live.router.metrics import RouterMetrics
 from deflector.live.router.nodes import Node, Report
+from deflector.live.router.warm_pairs import pairs_with, warm_up
 
 CHECKS_TO_KILL = 2
 """Failed health checks in a row after which a node counts as dead."""
@@ -31,7 +32,7 @@ class Watch:
         """Starts nothing yet."""
         self._fleet, self._engines, self._metrics = fleet, engines, metrics
         self._every_s, self._health_s = config.report_interval_s, config.timeouts.health_s
-        self._idle_s = config.timeouts.idle_s
+        self._warm_pairs = config.warm_pairs
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
@@ -75,6 +76,9 @@ class Watch:
             alive = failed < CHECKS_TO_KILL
             if node.alive and not alive:
                 node.fail_legs("the node does not answer health checks")
+                node.model = ""
+            if alive and not node.alive and self._warm_pairs:
+                await warm_up(self._engines, pairs_with(self._fleet, node))
             node.alive = alive
             await asyncio.sleep(self._health_s)
 
