@@ -8,7 +8,7 @@ from aiohttp import web
 
 from deflector.envs.errors import InputError
 from deflector.live.router.answers import as_json
-from deflector.live.router.book import now_s
+from deflector.live.router.clock import now_s
 from deflector.live.router.config import checked_node
 from deflector.live.router.failures import Refusal
 from deflector.live.router.fleet import Fleet

@@ -1,6 +1,5 @@
 """The router's own book: every request in flight, where it is, and what it takes there."""
 
-import asyncio
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -140,8 +139,3 @@ class Flight:
         if not target.tbt_slos[self.tbt_slo_s]:
             del target.tbt_slos[self.tbt_slo_s]
             target.strictest_tbt_slo_s = min(target.tbt_slos, default=math.inf)
-
-
-def now_s() -> float:
-    """The router's clock: the event loop's, which never jumps."""
-    return asyncio.get_running_loop().time()

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from deflector.envs.state import Decision, Path
-from deflector.live.router.book import now_s
+from deflector.live.router.clock import now_s
 from deflector.live.router.fleet import Fleet
 from deflector.live.router.nodes import Node
 from deflector.live.router.policy_slot import Answer

@@ -16,6 +16,7 @@ from deflector.policies.policy import Policy, make_policy
 from deflector.policies.registry import parse_policy
 
 _HEALTHY, _ROLE = int(StateRow.HEALTHY), int(NodeField.ROLE)
+_PREFILL, _DECODE = int(NodeRole.PREFILL), int(NodeRole.DECODE)
 _WARM_UP_PROMPTS = (16, 700, 9000)
 
 
@@ -87,14 +88,14 @@ def can_be_done(decision: Decision, state: ClusterState) -> bool:
     if decision.path == Path.REJECT:
         return True
     target, source = decision.decode_node, decision.prefill_node
-    if not _serves(state, target, NodeRole.PREFILL):
+    if not _serves(state, target, _PREFILL):
         return False
-    return decision.path != Path.DISAGGREGATE or (source != target and _serves(state, source, NodeRole.DECODE))
+    return decision.path != Path.DISAGGREGATE or (source != target and _serves(state, source, _DECODE))
 
 
-def _serves(state: ClusterState, node: int, wrong_role: NodeRole) -> bool:
+def _serves(state: ClusterState, node: int, wrong_role: int) -> bool:
     facts = state.facts.nodes
-    return 0 <= node < len(facts) and state.rows[_HEALTHY, node] > 0 and facts[node, _ROLE] != wrong_role
+    return 0 <= node < len(facts) and state.rows.item(_HEALTHY, node) > 0 and facts.item(node, _ROLE) != wrong_role
 
 
 def tried_policy(text: str, seed: int, facts: ClusterFacts) -> Policy:

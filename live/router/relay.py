@@ -12,6 +12,7 @@ from aiohttp import web
 from deflector.envs.state import Decision, Path, Request
 from deflector.live.router.book import Flight
 from deflector.live.router.client_request import ClientRequest, TokensPerText
+from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
 from deflector.live.router.decision_log import DecisionLog
 from deflector.live.router.failures import LegFailure, Refusal
@@ -80,8 +81,8 @@ class Relay:
         Raises:
             Refusal: If no node could serve it and nothing has been sent to the client yet.
         """
-        now_s = asyncio.get_running_loop().time()
-        journey = Journey(client, now_s, self._routed(client, now_s))
+        time_s = now_s()
+        journey = Journey(client, time_s, self._routed(client, time_s))
         outcome = "failed"
         try:
             answer, outcome = await self._try_nodes(http, journey)
@@ -94,14 +95,14 @@ class Relay:
             self._metrics.requests.labels(journey.path, outcome).inc()
             self._drop_handoff(journey)
 
-    def _routed(self, client: ClientRequest, now_s: float) -> Request:
+    def _routed(self, client: ClientRequest, arrival_s: float) -> Request:
         self._numbers += 1
         ttft_slo_s, tbt_slo_s = client.ttft_slo_s, client.tbt_slo_s
         if math.isnan(ttft_slo_s):
             ttft_slo_s = self._slo.seconds + self._slo.multiple * self._fleet.isolated_prefill_s(client.prompt_tokens)
         if math.isnan(tbt_slo_s):
             tbt_slo_s = self._tbt_slo_s
-        return Request(self._numbers, now_s, client.prompt_tokens, client.max_output_tokens, ttft_slo_s, tbt_slo_s)
+        return Request(self._numbers, arrival_s, client.prompt_tokens, client.max_output_tokens, ttft_slo_s, tbt_slo_s)
 
     async def _try_nodes(self, http: web.BaseRequest, journey: Journey) -> tuple[web.StreamResponse, str]:
         """The answer, and what became of the request, in a word."""
@@ -126,13 +127,13 @@ class Relay:
 
     def _decide(self, journey: Journey, attempt: int) -> Decision:
         nodes = self._fleet.nodes
-        now_s = asyncio.get_running_loop().time()
+        time_s = now_s()
         excluded = [k for k, node in enumerate(nodes) if node in journey.excluded]
-        routed = journey.routed if attempt == 1 else replace(journey.routed, arrival_s=now_s)
+        routed = journey.routed if attempt == 1 else replace(journey.routed, arrival_s=time_s)
         answer = self._policy.decide(routed, excluded)
         decision, handoff = answer.decision, journey.handoff
         if handoff is not None and decision.path != Path.REJECT:
-            fresh = now_s - handoff.made_s < KV_KEPT_S and handoff.source in nodes
+            fresh = time_s - handoff.made_s < KV_KEPT_S and handoff.source in nodes
             if fresh and handoff.source is not nodes[decision.decode_node]:
                 decision = replace(decision, path=Path.DISAGGREGATE, prefill_node=nodes.index(handoff.source))
             else:
@@ -149,8 +150,8 @@ class Relay:
     async def _attempt(
         self, http: web.BaseRequest, journey: Journey, decision: Decision, flight: Flight
     ) -> web.StreamResponse:
-        client, now_s = journey.client, asyncio.get_running_loop().time()
-        flight.begin(now_s)
+        client = journey.client
+        flight.begin(now_s())
         if flight.source is None:
             body = client.for_one_node(decision)
         else:
@@ -186,7 +187,7 @@ class Relay:
             raise
         source.breaker.succeeded()
         self._learn(client, answer)
-        return Handoff(source, answer["kv_transfer_params"], asyncio.get_running_loop().time())
+        return Handoff(source, answer["kv_transfer_params"], now_s())
 
     def _blame(self, node: Node, failure: LegFailure, journey: Journey, stage: str) -> None:
         if failure.final is not None:
@@ -194,7 +195,7 @@ class Relay:
             return
         journey.excluded.add(node)
         if failure.blames_node:
-            node.breaker.failed(asyncio.get_running_loop().time())
+            node.breaker.failed(now_s())
         else:
             node.breaker.abandoned()
         self._metrics.retries.labels(stage, failure.kind).inc()
@@ -232,7 +233,7 @@ class Relay:
                 _check_first(first, target)
                 flight.first_token()
                 journey.handoff = None
-                ttft_s = asyncio.get_running_loop().time() - journey.arrival_s
+                ttft_s = now_s() - journey.arrival_s
                 self._metrics.first_token(decision, journey.path, ttft_s)
                 out = web.StreamResponse(headers=self._labels(journey) | _EVENT_HEADERS)
                 journey.answer_begun = out
@@ -251,7 +252,7 @@ class Relay:
         flight: Flight, leg: Leg,
     ) -> None:  # fmt: skip
         """Passes a stream's bytes on as they come, and counts its events."""
-        clock, idle_s = asyncio.get_running_loop().time, self._timeouts.idle_s
+        idle_s = self._timeouts.idle_s
         read, name, events, tail = response.content.readany, flight.target.name, 0, b""
         while data:
             count = data.count(b"\n\n")
@@ -260,7 +261,7 @@ class Relay:
             if events > client.events_allowed:
                 raise LegFailure("garbage", f"{name} does not stop at max_tokens")
             tail = data[-16:] if len(data) >= 16 else (tail + data)[-16:]
-            leg.deadline_s, leg.waits_for_client = clock() + idle_s, True
+            leg.deadline_s, leg.waits_for_client = now_s() + idle_s, True
             try:
                 await out.write(data)
             except _GONE as error:

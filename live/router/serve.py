@@ -14,8 +14,8 @@ from aiohttp.web_runner import ServerRunner, TCPSite
 from deflector.envs.errors import InputError
 from deflector.live.router.admin import Admin
 from deflector.live.router.answers import refused
-from deflector.live.router.book import now_s
 from deflector.live.router.client_request import TokensPerText
+from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
 from deflector.live.router.decision_log import DecisionLog
 from deflector.live.router.failures import Refusal

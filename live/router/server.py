@@ -12,8 +12,8 @@ from aiohttp.web_exceptions import HTTPException, HTTPRequestEntityTooLarge
 import deflector
 from deflector.live.router.admin import Admin
 from deflector.live.router.answers import as_json, refused
-from deflector.live.router.book import now_s
 from deflector.live.router.client_request import CHAT, COMPLETIONS, TokensPerText, read_request
+from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
 from deflector.live.router.failures import LegFailure, Refusal
 from deflector.live.router.fleet import Fleet

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from deflector.live.router.book import now_s
+from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
 from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines
