@@ -139,7 +139,15 @@ class ChunkCutter:
         """Goes back to the first entry of the schedule, as after a preemption."""
         self._run, self._steps = 0, 0
 
-    def chunk(self, tokens: int, context: int, load: StepLoad, profile: StepTimeProfile | None) -> int:
+    def chunk(
+        self,
+        tokens: int,
+        context: int,
+        load: StepLoad,
+        profile: StepTimeProfile | None,
+        tbt_budget_s: float | None = None,
+        slowness: float = 1.0,
+    ) -> int:
         """The next chunk of a prefill, from 1 to `tokens` tokens.
 
         Args:
@@ -147,10 +155,15 @@ class ChunkCutter:
             context: Tokens whose KV is there.
             load: The step so far.
             profile: The engine's; without one, *largest safe* takes the smallest candidate.
+            tbt_budget_s: Longest step that the engine allows deflected chunks, whatever their rule.
+            slowness: How many times as long as the profile says the engine's steps take.
         """
-        if self.plan.rule == ChunkRule.LARGEST_SAFE:
-            return _largest_safe(tokens, context, load, profile, self.plan.tbt_budget_s)
-        return min(tokens, self.plan.runs[self._run][0])
+        budget_s = self.plan.tbt_budget_s if tbt_budget_s is None else min(tbt_budget_s, self.plan.tbt_budget_s)
+        if self.plan.rule != ChunkRule.LARGEST_SAFE:
+            tokens = min(tokens, self.plan.runs[self._run][0])
+            if tbt_budget_s is None or profile is None:
+                return tokens
+        return _largest_safe(tokens, context, load, profile, budget_s / slowness)
 
     def advance(self) -> None:
         """Uses one entry of the schedule up: its chunk is in a step."""

@@ -1,0 +1,43 @@
+"""The step recorder: one line of JSON for every step of an engine, for profiles and for proof."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+FLUSH_EVERY_S = 0.5
+
+
+class StepLog:
+    """Appends lines to a file, a few times per second; a disk that fails costs the log, never the engine."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the file.
+
+        Raises:
+            OSError: If it cannot.
+        """
+        self._file: TextIO | None = Path(path).open("a", buffering=1 << 16)  # noqa: SIM115  (open as long as the engine)
+        self._flushed_s = time.monotonic()
+        self.problem = ""
+
+    def write(self, step: Mapping[str, Any]) -> None:
+        """Keeps one step."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(step, separators=(",", ":")) + "\n")
+            if time.monotonic() - self._flushed_s > FLUSH_EVERY_S:
+                self._file.flush()
+                self._flushed_s = time.monotonic()
+        except OSError as error:
+            self.problem, self._file = str(error), None
+
+    def flush(self) -> None:
+        """Writes what is buffered, as when the engine goes idle."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self.problem, self._file = str(error), None

@@ -1,0 +1,63 @@
+"""How long an engine's steps really take, beside what its profile says; without vLLM."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+MOST_UNDER_WAY = 64
+SLOWNESS_RANGE = (0.25, 16.0)
+UP, DOWN = 0.5, 0.05
+"""How fast the correction follows a step that took longer, or less, than expected: safety wants haste one way only."""
+STEP_WEIGHT = 0.1
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    began_s: float
+    predicted_s: float | None
+    record: MutableMapping[str, Any] | None
+
+
+class StepMeter:
+    """Measures steps from outside: from when a step is scheduled, or the one before it has ended if that is later.
+
+    Both with and without asynchronous scheduling, where the next step is scheduled while this one runs, that is the
+    time in which the engine did nothing else.
+
+    Attributes:
+        steps: Number of steps that have ended.
+        step_s: Moving average of their time.
+        slowness: Measured over predicted time, of steps whose prediction mattered; 1 to begin with.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Begins without any step."""
+        self.steps, self.step_s, self.slowness = 0, 0.0, 1.0
+        self._clock = clock
+        self._last_end_s = 0.0
+        self._under_way: OrderedDict[int, _UnderWay] = OrderedDict()
+
+    def begin(self, key: int, predicted_s: float | None = None, record: MutableMapping[str, Any] | None = None) -> None:
+        """A step is scheduled; `record` gets its time once it is known."""
+        self._under_way[key] = _UnderWay(self._clock(), predicted_s, record)
+        if len(self._under_way) > MOST_UNDER_WAY:
+            self._under_way.popitem(last=False)
+
+    def end(self, key: int) -> MutableMapping[str, Any] | None:
+        """It has ended: the record, completed, if there is one."""
+        step = self._under_way.pop(key, None)
+        if step is None:
+            return None
+        now_s = self._clock()
+        took_s = now_s - max(step.began_s, self._last_end_s)
+        self._last_end_s = now_s
+        self.steps += 1
+        self.step_s += (STEP_WEIGHT if self.steps > 1 else 1.0) * (took_s - self.step_s)
+        if step.predicted_s:
+            ratio = min(max(took_s / step.predicted_s, SLOWNESS_RANGE[0]), SLOWNESS_RANGE[1])
+            self.slowness += (UP if ratio > self.slowness else DOWN) * (ratio - self.slowness)
+        if step.record is not None:
+            step.record["step_ms"] = round(took_s * 1e3, 4)
+        return step.record
