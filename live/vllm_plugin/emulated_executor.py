@@ -78,7 +78,7 @@ class EmulatedExecutor(Executor):
         self._sampled: Future[Any] | None = None
         self._wire: Wire | None = None
         if self.vllm_config.kv_transfer_config is not None:
-            bytes_per_s = settings.link_gb_per_s * 1e9 / self._slowdown
+            bytes_per_s = settings.link_gb_per_s * 1e9
             self._wire = Wire(self.vllm_config, self._profile.kv_bytes_per_token, bytes_per_s)
         logger.info("emulated: steps of %s, %g times as long", self._profile.name, self._slowdown)
 

@@ -7,12 +7,14 @@ scheduling off.
 import os
 from typing import Any
 
-VARIABLE = "DEFLECTOR_EMULATED"
+EMULATED_VARIABLE = "DEFLECTOR_EMULATED"
+PORT_VARIABLE = "DEFLECTOR_WIRE_PORT"
+"""UDP port on 127.0.0.1 of an emulated engine's KV wire: its own for each."""
 
 
 def register() -> str | None:
     """The class's name, or None: vLLM then finds its platform itself."""
-    return f"{__name__}.EmulatedPlatform" if os.environ.get(VARIABLE) == "1" else None
+    return f"{__name__}.EmulatedPlatform" if os.environ.get(EMULATED_VARIABLE) == "1" else None
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm.v1.outputs import KVConnectorOutput
 
-PORT_VARIABLE = "DEFLECTOR_WIRE_PORT"
-"""UDP port on 127.0.0.1 that engines tell each other: its own for each."""
+from deflector.live.vllm_plugin.emulated_platform import PORT_VARIABLE
+
 LEASE_S = 30.0
 """A prefill engine frees KV that nobody has pulled after so long, as NIXL's connector does."""
 MOST_BYTES = 4096

@@ -19,8 +19,8 @@ class EngineSettings:
         max_deflected: Deflected requests that are prefilled at once, more wait; None: any number.
         tbt_budget_s: Longest step with a deflected chunk in it, whatever the request's rule; None: as the rule says.
         step_log: File of the step recorder; None: none.
-        slowdown: Of an emulated engine: everything takes so many times as long.
-        link_gb_per_s: Of an emulated engine: speed of its KV transfers before the slowdown.
+        slowdown: Of an emulated engine: its steps take so many times as long as the profile says.
+        link_gb_per_s: Of an emulated engine: speed of its KV transfers.
     """
 
     profile: StepTimeProfile | None = None

@@ -70,7 +70,7 @@ class LastState:
         """What GET /deflector/state says: null for what this engine cannot tell."""
         counts = self.counts
         if not counts and not self._own and self._facts.get("scheduler") == "deflector":
-            counts = dict.fromkeys(COUNTED, 0)  # It has not made a step yet.
+            counts = dict.fromkeys(set(COUNTED) - {"kv_tokens_capacity"}, 0)  # It has not made a step yet.
         state: dict[str, Any] = {name: counts.get(name) for name in COUNTED if not name.endswith("_us")}
         own = list(self._own.values())
         if not counts and own:

@@ -20,6 +20,7 @@ from tyro.conf import subcommand
 import deflector
 from deflector import commands, live_commands
 from deflector.envs.errors import InputError
+from deflector.live.cluster.flags import Cluster
 from deflector.live.router.flags import Serve
 from deflector.training.settings import Evaluate, Export, Judge, Saturation
 from deflector.training.train_flags import Train
@@ -54,6 +55,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     Judge: ("judge", commands.run_judge),
     Saturation: ("saturation", commands.run_saturation),
     Serve: ("serve", live_commands.run_serve),
+    Cluster: ("cluster", live_commands.run_cluster),
     Train: ("train", commands.run_train),
     Export: ("export", commands.run_export),
     commands.Policies: ("policies", commands.run_policies),
@@ -63,7 +65,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
 }
 """A command's flags -> its name, and what carries it out."""
 
-_COMMAND_WORDS = {name for name, _ in COMMANDS.values()} | {"fit", "list", "show"}
+_COMMAND_WORDS = {name for name, _ in COMMANDS.values()} | {"fit", "list", "show", "up", "status", "down"}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from deflector.envs.errors import InputError
+from deflector.live.cluster.flags import Cluster
 from deflector.live.router.flags import Serve
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 
 def run_serve(flags: Serve, console: Console) -> None:
     """Carries out `deflector serve`."""
-    missing = [name for name in ("aiohttp", "orjson", "prometheus_client", "uvloop") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"serve needs {', '.join(missing)}: pip install 'deflector[serve]'")
+    _need("serve", "aiohttp", "orjson", "prometheus_client", "uvloop")
     from deflector.live.router.config import checked_config, read_config
     from deflector.live.router.flags import merged
     from deflector.live.router.serve import say_to_stderr, serve
@@ -28,3 +27,17 @@ def run_serve(flags: Serve, console: Console) -> None:
         return checked_config(merged(flags, raw), flags.config or "flags")
 
     serve(config(), lambda: config().policy, say_to_stderr)
+
+
+def run_cluster(flags: Cluster, console: Console) -> None:
+    """Carries out `deflector cluster`."""
+    _need("cluster", "psutil")
+    from deflector.live.cluster.commands import run_cluster
+
+    run_cluster(flags, console)
+
+
+def _need(command: str, *modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{command} needs {', '.join(missing)}: pip install 'deflector[serve]'")
