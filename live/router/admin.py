@@ -82,6 +82,7 @@ class Admin:
     async def _resume(self, body: dict[str, Any]) -> dict[str, Any]:
         node = self._fleet.find(_url(body))
         node.draining = False
+        node.breaker.succeeded()  # Whoever says so has mended it.
         return node_facts(node, now_s())
 
     async def _remove(self, body: dict[str, Any]) -> dict[str, Any]:
