@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -90,14 +89,11 @@ class MockEngine:
         self.process.wait()
 
 
-class Router:
-    """`deflector serve` in front of mock engines."""
+class RunningRouter:
+    """`deflector serve`, ready."""
 
-    def __init__(self, engines: list[MockEngine], folder: Path, **config: Any) -> None:
-        nodes = [{"role": engine.role, "url": engine.url} for engine in engines]
-        self.path = folder / "router.yaml"
-        self.path.write_text(yaml.safe_dump({"port": 0, "admin_port": 0, "nodes": nodes} | config))
-        self.log = folder / "router.log"
+    def __init__(self, path: Path) -> None:
+        self.path, self.log = path, path.with_suffix(".log")
         with self.log.open("wb") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "deflector", "serve", "--config", str(self.path)], stderr=said
@@ -134,11 +130,14 @@ class Router:
 
 
 @contextlib.contextmanager
-def mock_cluster(folder: Path, roles: str = "PPDD", **config: Any) -> Iterator[tuple[Router, list[MockEngine]]]:
+def mock_cluster(folder: Path, roles: str = "PPDD", **config: Any) -> Iterator[tuple[RunningRouter, list[MockEngine]]]:
     """A router and its engines; nothing is left of them afterwards."""
     engines = [MockEngine({"P": "prefill", "D": "decode"}[role]) for role in roles]
     try:
-        router = Router(engines, folder, **config)
+        nodes = [{"role": engine.role, "url": engine.url} for engine in engines]
+        path = folder / "router.yaml"
+        path.write_text(yaml.safe_dump({"port": 0, "admin_port": 0, "nodes": nodes} | config))
+        router = RunningRouter(path)
         try:
             yield router, engines
         finally:
@@ -146,8 +145,3 @@ def mock_cluster(folder: Path, roles: str = "PPDD", **config: Any) -> Iterator[t
     finally:
         for engine in engines:
             engine.end()
-
-
-def environment_without_proxies() -> dict[str, str]:
-    """For clients that would ask one."""
-    return {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mock_cluster import BOUND_S, MockEngine, Router, call, mock_cluster, wait_until
+from mock_cluster import BOUND_S, MockEngine, RunningRouter, call, mock_cluster, wait_until
 from mock_engine import text_of
 
-TIMEOUTS = {"connect_s": 0.5, "first_byte_s": 1.2, "idle_s": 0.8, "answer_s": 2.5, "health_s": 0.25, "drain_s": 10}
+TIMEOUTS = {
+    "connect_s": 0.5,
+    "first_byte_s": 1.2,
+    "idle_s": 0.8,
+    "answer_s": 2.5,
+    "health_s": 0.25,
+    "silence_s": 0.6,
+    "drain_s": 10,
+}
+TIMEOUTS |= {"silence_s": 0.6, "drain_s": 10}
 LIMITS = {"answer_bytes": 1_000_000, "body_bytes": 200_000, "attempts": 4}
 TOKENS = 6
 _numbers = itertools.count(1)
@@ -35,7 +44,7 @@ class Reply:
     is_done: bool = False
 
 
-def ask(router: Router, prompt: list[int], stream: bool, **body: Any) -> Reply:
+def ask(router: RunningRouter, prompt: list[int], stream: bool, **body: Any) -> Reply:
     """One request, read to its end within a bound."""
     connection = http.client.HTTPConnection("127.0.0.1", int(router.url.rsplit(":", 1)[1]), timeout=BOUND_S)
     try:
@@ -138,7 +147,7 @@ CASES = [
 class Bench:
     """A router, four engines with names, and a way to break and mend them."""
 
-    def __init__(self, router: Router, engines: list[MockEngine]) -> None:
+    def __init__(self, router: RunningRouter, engines: list[MockEngine]) -> None:
         self.router = router
         self.engines = dict(zip(("P0", "P1", "D0", "D1"), engines, strict=True))
 

@@ -15,6 +15,7 @@ from deflector.live.cluster.flags import Up
 from deflector.live.cluster.random_model import write_random_model
 from deflector.live.vllm_plugin.emulated_model import write_emulated_model
 from deflector.live.vllm_plugin.emulated_platform import EMULATED_VARIABLE, PORT_VARIABLE
+from deflector.live.vllm_plugin.quiet_nixl import PAUSE_VARIABLE
 
 SCHEDULER = "deflector.live.vllm_plugin.scheduler.DeflectionScheduler"
 EXECUTOR = "deflector.live.vllm_plugin.emulated_executor.EmulatedExecutor"
@@ -204,6 +205,7 @@ def _cpu(flags: Up, node: NodeSpec, place: _Place) -> _Made:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        PAUSE_VARIABLE: "300",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.side_port),
     }

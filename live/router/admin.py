@@ -1,6 +1,7 @@
 """What changes the router while it runs: its policy and its nodes."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import orjson
@@ -67,7 +68,9 @@ class Admin:
 
     async def _add(self, body: dict[str, Any]) -> dict[str, Any]:
         node = self._fleet.add(checked_node(body), now_s())
-        node.alive = await self._watch.is_healthy(node)
+        with contextlib.suppress(TimeoutError):
+            node.alive = False
+            node.alive = await self._watch.is_healthy(node)
         problems = []
         if self._warm and node.alive:
             problems = await warm_up(self._engines, pairs_with(self._fleet, node))

@@ -92,7 +92,9 @@ class Timeouts(_Strict):
     drain_s: float = Field(120.0, ge=0, le=3600)
     """Running requests after SIGTERM."""
     health_s: float = Field(1.0, gt=0, le=60)
-    """A health check, and between two of them."""
+    """Between two health checks."""
+    silence_s: float = Field(5.0, gt=0, le=600)
+    """A node of which nothing at all has come for so long, a health check's answer among it, is dead."""
 
 
 class RouterConfig(_Strict):

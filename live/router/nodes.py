@@ -143,7 +143,7 @@ class Node:
         self.alive, self.draining, self.removed = True, False, False
         self.model = ""
         self.report: Report | None = None
-        self.last_report_s = now_s
+        self.last_report_s = self.last_sign_s = now_s
         self.legs: set[Leg] = set()
         self.requests = 0
         self.prompt_tokens_unfinished = 0.0

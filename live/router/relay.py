@@ -253,13 +253,13 @@ class Relay:
     ) -> None:  # fmt: skip
         """Passes a stream's bytes on as they come, and counts its events."""
         idle_s = self._timeouts.idle_s
-        read, name, events, tail = response.content.readany, flight.target.name, 0, b""
+        read, target, events, tail = response.content.readany, flight.target, 0, b""
         while data:
             count = data.count(b"\n\n")
             events += count
             flight.more(count)
             if events > client.events_allowed:
-                raise LegFailure("garbage", f"{name} does not stop at max_tokens")
+                raise LegFailure("garbage", f"{target.name} does not stop at max_tokens")
             tail = data[-16:] if len(data) >= 16 else (tail + data)[-16:]
             leg.deadline_s, leg.waits_for_client = now_s() + idle_s, True
             try:
@@ -268,8 +268,9 @@ class Relay:
                 raise ClientGone from error
             leg.waits_for_client = False
             data = await read()
+            target.last_sign_s = now_s()
         if b"[DONE]" not in tail:
-            raise LegFailure("reset", f"{name} ended its stream early")
+            raise LegFailure("reset", f"{target.name} ended its stream early")
 
     def _learn(self, client: ClientRequest, answer: dict[str, Any]) -> None:
         usage = answer.get("usage")

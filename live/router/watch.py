@@ -17,7 +17,7 @@ from deflector.live.router.nodes import Node, Report
 from deflector.live.router.warm_pairs import pairs_with, warm_up
 
 CHECKS_TO_KILL = 2
-"""Failed health checks in a row after which a node counts as dead."""
+"""Health checks in a row that were refused, after which a node counts as dead."""
 SWEEP_EVERY_S = 0.1
 METRICS_EVERY_S = 1.0
 LONGEST_LAG_S = 5.0
@@ -32,7 +32,7 @@ class Watch:
         """Starts nothing yet."""
         self._fleet, self._engines, self._metrics = fleet, engines, metrics
         self._every_s, self._health_s = config.report_interval_s, config.timeouts.health_s
-        self._warm_pairs = config.warm_pairs
+        self._silence_s, self._warm_pairs = config.timeouts.silence_s, config.warm_pairs
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
@@ -72,8 +72,11 @@ class Watch:
         """Asks for its health again and again; a node that is dead fails whoever waits for it."""
         failed = 0
         while not node.removed:
-            failed = 0 if await self.is_healthy(node) else failed + 1
-            alive = failed < CHECKS_TO_KILL
+            try:
+                failed = 0 if await self.is_healthy(node) else failed + 1
+                alive = failed < CHECKS_TO_KILL
+            except TimeoutError:  # A busy engine is slow to answer; as long as anything comes of it, it lives.
+                alive = now_s() - node.last_sign_s < self._silence_s
             if node.alive and not alive:
                 node.fail_legs("the node does not answer health checks")
                 node.model = ""
@@ -83,15 +86,22 @@ class Watch:
             await asyncio.sleep(self._health_s)
 
     async def is_healthy(self, node: Node) -> bool:
-        """One health check; learns the model's name along the way."""
+        """One health check; learns the model's name along the way.
+
+        Raises:
+            TimeoutError: If nothing comes for so long that the node may be dead.
+        """
         try:
-            async with asyncio.timeout(self._health_s):
+            async with asyncio.timeout(self._silence_s):
                 async with self._engines.session.get(node.url(_HEALTH), headers=_credentials(node)) as response:
                     healthy = response.status == 200
                 if healthy and not node.model:
                     node.model = _first_model(await self._get(node, _MODELS))
+            node.last_sign_s = now_s()
             return healthy
-        except (TimeoutError, aiohttp.ClientError, OSError):
+        except TimeoutError:
+            raise
+        except (aiohttp.ClientError, OSError, ValueError):
             return False
 
     async def _read(self, node: Node) -> None:
@@ -101,9 +111,10 @@ class Watch:
         while not node.removed:
             asked_s = now_s()
             try:
-                async with asyncio.timeout(self._health_s):
+                async with asyncio.timeout(self._silence_s):
                     report = await (self._from_plugin(node) if has_plugin else self._from_metrics(node, asked_s))
                 node.take(report)
+                node.last_sign_s = now_s()
                 missing = 0
                 self._metrics.reports.labels(report.source).inc()
             except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:

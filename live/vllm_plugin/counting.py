@@ -55,9 +55,13 @@ def _pulls(request: Any) -> bool:
 
 
 def step_record(scheduler: Any, output: Any, deflected: Collection[str]) -> dict[str, Any]:
-    """One step for the recorder: what it holds, each chunk with its context; its time is added when it has ended."""
+    """One step for the recorder, as `deflector profile fit` reads it; `step_ms` is added when it has ended.
+
+    `chunks` are (context, tokens), `prefills` whose they are: (request, prompt tokens, whether it has a chunk rule).
+    """
     decodes = kv_tokens = 0
-    chunks: list[list[Any]] = []
+    chunks: list[tuple[int, int]] = []
+    prefills: list[tuple[str, int, bool]] = []
     for request_id, tokens in output.num_scheduled_tokens.items():
         request = scheduler.requests[request_id]
         start = request.num_computed_tokens - tokens  # vLLM has counted them as computed by now.
@@ -65,11 +69,13 @@ def step_record(scheduler: Any, output: Any, deflected: Collection[str]) -> dict
             decodes += 1
             kv_tokens += start
         else:
-            chunks.append([request_id, start, tokens, request.num_prompt_tokens, request_id in deflected])
+            chunks.append((start, tokens))
+            prefills.append((request_id, request.num_prompt_tokens, request_id in deflected))
     return {
         "time_s": time.time(),
         "decodes": decodes,
-        "decode_kv_tokens": kv_tokens,
+        "kv_tokens": kv_tokens,
         "chunks": chunks,
+        "prefills": prefills,
         "waiting": len(scheduler.requests) - len(scheduler.running),
     }
