@@ -21,6 +21,8 @@ from mock_cluster import RunningRouter, call
 AT_ONCE = 8
 MODEL = "random-llama"
 LENGTHS = (17, 100, 300, 700)
+PATIENT = {"idle_s": 250, "first_byte_s": 250, "silence_s": 250}
+"""On a machine whose disk is slow to give up the engines' libraries, a step now and then takes most of a minute."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def routed(cpu_cluster: CpuCluster, tmp_path_factory: pytest.TempPathFactory) ->
         folder = tmp_path_factory.mktemp("router")
         config = {
             "port": 0, "admin_port": 0, "policy": policy, "nodes": cpu_cluster.nodes[:nodes],
-            "decision_log": "decisions.jsonl", "slo": {"ttft": "20", "tbt_s": 2.0},
+            "decision_log": "decisions.jsonl", "slo": {"ttft": "20", "tbt_s": 2.0}, "timeouts": PATIENT,
         }  # fmt: skip
         (folder / "router.yaml").write_text(yaml.safe_dump(config))
         made.append(RunningRouter(folder / "router.yaml"))
