@@ -1,5 +1,6 @@
 """The step recorder: one line of JSON for every step of an engine, for profiles and for proof."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class StepLog:
                 self._file.flush()
                 self._flushed_s = time.monotonic()
         except OSError as error:
-            self.problem, self._file = str(error), None
+            self._give_up(error)
 
     def flush(self) -> None:
         """Writes what is buffered, as when the engine goes idle."""
@@ -40,4 +41,17 @@ class StepLog:
             try:
                 self._file.flush()
             except OSError as error:
-                self.problem, self._file = str(error), None
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Writes what is buffered and ends."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _give_up(self, error: OSError) -> None:
+        self.problem, file, self._file = str(error), self._file, None
+        with contextlib.suppress(OSError):
+            if file is not None:
+                file.close()
