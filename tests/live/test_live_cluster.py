@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import psutil
-from conftest import CpuCluster, deflector
+from live_cluster import CpuCluster, deflector
 from mock_cluster import call, wait_until
 
 

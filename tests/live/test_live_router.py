@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import CpuCluster
+from live_cluster import CpuCluster
 from mock_cluster import RunningRouter, call
 
 AT_ONCE = 8
