@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--cluster", default="2P2D", help="default: 2P2D")
     parser.add_argument("--workload", default="long_tail_burst", help="default: long_tail_burst")
     parser.add_argument("--load", type=float, default=0.7, help="share of saturation (default: 0.7)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="busiest seconds that are played (default: 20)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="busiest seconds that are played (default: 3)")
     parser.add_argument("--slowdown", type=float, default=8.0, help="default: 8")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
@@ -163,7 +163,8 @@ def with_cluster(flags: argparse.Namespace, state: Path, load: Workload, factor:
     subprocess.run(up, env=variables, check=True)
     try:
         endpoints = state / "deflector" / "clusters" / "default" / "endpoints.yaml"
-        config = yaml.safe_load(endpoints.read_text()) | {"timeouts": {"first_byte_s": LONGEST_S, "idle_s": LONGEST_S}}
+        patient = {"timeouts": {"first_byte_s": LONGEST_S, "idle_s": LONGEST_S}, "limits": {"requests": 100_000}}
+        config = yaml.safe_load(endpoints.read_text()) | patient
         endpoints.write_text(yaml.safe_dump(config))
         return {("live", policy): live_run(endpoints, policy, load, factor, flags.seed) for policy in POLICIES}
     finally:

@@ -66,6 +66,21 @@ def test_strictest_slo_is_that_of_whoever_still_decodes() -> None:
     assert load(target)["STRICTEST_TBT_SLO_S"] == math.inf
 
 
+def test_probe_that_leaves_without_a_verdict_makes_room_for_the_next() -> None:
+    source, target = node("prefill", 1), node("decode", 2)
+    for where in (source, target):
+        for _ in range(FAILURES_TO_OPEN):
+            where.breaker.failed(0.0)
+        assert where.takes_requests(FIRST_PAUSE_S)
+    flight = Flight(10, 0.1, target, source)
+    flight.begin(FIRST_PAUSE_S)
+    assert not source.takes_requests(FIRST_PAUSE_S)
+    assert not target.takes_requests(FIRST_PAUSE_S)
+    flight.end()  # Its client has left.
+    assert source.takes_requests(FIRST_PAUSE_S)
+    assert target.takes_requests(FIRST_PAUSE_S)
+
+
 EVENTS = ("prefilled", "first_token", "more", "end", "report")
 
 

@@ -96,6 +96,10 @@ class Flight:
             return
         self.stage = Stage.ENDED
         target.requests -= 1
+        # Whoever probed a half-open breaker and left without a verdict makes room for the next one.
+        target.breaker.abandoned()
+        if self.source is not None:
+            self.source.breaker.abandoned()
         if stage == Stage.PREFILL and self.source is not None:
             self._dequeue(self.source)
             self.source.requests -= 1

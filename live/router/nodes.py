@@ -62,7 +62,7 @@ class Breaker:
         self._probing = False
 
     def abandoned(self) -> None:
-        """It ended otherwise: a probe says nothing."""
+        """No verdict, or none yet: another request may probe."""
         self._probing = False
 
 

@@ -232,6 +232,7 @@ class Relay:
                 first = await response.content.readany()
                 _check_first(first, target)
                 flight.first_token()
+                target.breaker.abandoned()
                 journey.handoff = None
                 ttft_s = now_s() - journey.arrival_s
                 self._metrics.first_token(decision, journey.path, ttft_s)
