@@ -70,7 +70,10 @@ def busiest(load: Workload, window_s: float) -> Workload:
 
 
 async def drive(url: str, load: Workload, seed: int) -> tuple[list[list[float]], list[str]]:
-    """Sends every request at its time; the times of each one's events, and the path of each."""
+    """Sends every request at its time; the times of each one's events, and the path of each.
+
+    Every policy needs a seed of its own: engines cache the prefixes of prompts that they have seen.
+    """
     generator = np.random.default_rng(seed)
     prompts = [generator.integers(3, 4000, size=int(tokens)).tolist() for tokens in load.prompt_tokens]
     times: list[list[float]] = [[] for _ in prompts]
@@ -166,7 +169,10 @@ def with_cluster(flags: argparse.Namespace, state: Path, load: Workload, factor:
         patient = {"timeouts": {"first_byte_s": LONGEST_S, "idle_s": LONGEST_S}, "limits": {"requests": 100_000}}
         config = yaml.safe_load(endpoints.read_text()) | patient
         endpoints.write_text(yaml.safe_dump(config))
-        return {("live", policy): live_run(endpoints, policy, load, factor, flags.seed) for policy in POLICIES}
+        return {
+            ("live", policy): live_run(endpoints, policy, load, factor, flags.seed + k)
+            for k, policy in enumerate(POLICIES)
+        }
     finally:
         subprocess.run([*deflector, "down"], env=variables, check=False)
 
