@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_UNDER_WAY = 64
-SLOWNESS_RANGE = (0.25, 16.0)
+SLOWNESS_RANGE = (1.0, 16.0)
+"""An engine faster than its profile gets no larger chunks for it: the profile is what the router reckons with, too."""
 UP, DOWN = 0.5, 0.05
 """How fast the correction follows a step that took longer, or less, than expected: safety wants haste one way only."""
 STEP_WEIGHT = 0.1

@@ -38,7 +38,7 @@ from deflector.envs.step_time import (
     TABLE_PREFILL,
     StepTimeProfile,
 )
-from deflector.live.vllm_plugin.scheduler import PROFILE_KEY, DeflectionScheduler, DeflectionSchedulerSync
+from deflector.live.vllm_plugin.scheduler import DeflectionScheduler, DeflectionSchedulerSync
 
 LONGEST = 131072
 MODEL = {
@@ -149,7 +149,7 @@ class VllmEngine:
                 num_gpu_blocks=self.blocks + 1,
             ),
             kv_transfer_config=transfer,
-            additional_config={PROFILE_KEY: profile},
+            additional_config={"deflector_profile": profile},
         )  # fmt: skip
         spec = FullAttentionSpec(block_size=self.block_size, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
         kv_cache = KVCacheConfig(
