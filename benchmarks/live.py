@@ -213,7 +213,7 @@ def draw(runs: dict[tuple[str, str], Run], flags: argparse.Namespace) -> None:
     axes.set_ylabel("Share of requests")
     axes.set_title(f"A burst on {flags.cluster}: real vLLM servers and the simulator")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     figure.savefig(flags.plot, dpi=130)
 
 

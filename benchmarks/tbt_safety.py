@@ -40,7 +40,8 @@ async def experiment(
     url: str, model: str, flags: argparse.Namespace, rule: dict[str, Any]
 ) -> tuple[Times, float, float]:
     """(event times of each stream, when the prompt came, when its first token came), in seconds."""
-    generator = np.random.default_rng(flags.seed)
+    # Prompts of its own for every run: the engine caches the prefixes of those that it has seen.
+    generator = np.random.default_rng((flags.seed, len(rule)))
     times: Times = [[] for _ in range(flags.streams)]
     running = asyncio.Event()
     stop = asyncio.Event()
