@@ -3,11 +3,14 @@
 The first port serves what a router talks to, the second one orders: POST /faults, POST /reset, GET /counters. As a
 prefill engine it holds KV until somebody pulls it; as a decode engine it pulls over HTTP from the port that the opaque
 `kv_transfer_params` name, and refuses them if a single bit has changed. Tokens depend on the prompt alone.
+As vLLM does, it makes a request of its own of each of several choices, keeps no KV of a prompt whose first token ends
+the answer, and none of a beam search.
 """
 
 import asyncio
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -18,6 +21,8 @@ from aiohttp import web
 
 TOKEN_S = 0.004
 PREFILL_S = 0.01
+STOPS_AT_ONCE = 2
+"""A prompt that ends with this token is answered by the end of the text."""
 
 
 def text_of(prompt: Any, tokens: int) -> str:
@@ -70,20 +75,19 @@ class Engine:
         transfer = body.get("kv_transfer_params") or {}
         await asyncio.sleep(PREFILL_S)
         if transfer.get("do_remote_decode"):
-            return self._prefilled(http, prompt)
+            return await self._prefilled(http, prompt, body)
         if transfer.get("do_remote_prefill"):
-            problem = await self._pull(transfer)
-            if problem:
-                return web.json_response({"error": {"message": problem}}, status=500)
-        tokens = int(body.get("max_tokens", 16))
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": tokens, "total_tokens": len(prompt) + tokens}
+            for _ in range(body.get("n", 1)):
+                problem = await self._pull(dict(transfer))
+                if problem:
+                    return web.json_response({"error": {"message": problem}}, status=500)
+        answer = Answer(http.path, prompt, body)
         if body.get("stream"):
-            return await self._stream(http, prompt, tokens)
-        await asyncio.sleep(tokens * TOKEN_S)
-        answer = json.dumps({"choices": [{"index": 0, "text": text_of(prompt, tokens)}], "usage": usage})
-        if self.kind("slow_bytes"):
-            return await _slowly(http, answer)
-        return web.Response(text=answer, content_type="application/json")
+            return await self._stream(http, answer)
+        await asyncio.sleep(answer.tokens * TOKEN_S)
+        if self.kind("slow_bytes", "headers_only"):
+            return await _slowly(http, answer.whole(), 0.3 if self.kind("slow_bytes") else 3600.0)
+        return web.Response(body=answer.whole(), content_type="application/json")
 
     async def _fails_at_once(self, http: web.Request) -> web.StreamResponse | None:
         if self.fault.get("times") == 0:
@@ -101,6 +105,8 @@ class Engine:
         if kind == "reset" and http.transport is not None:
             http.transport.abort()
             await asyncio.sleep(3600)
+        if kind == "no_route":
+            return web.json_response({"detail": "Not Found"}, status=404)
         answers = {"html": "<html>hello</html>", "truncated": '{"choices": [', "empty": "", "list": "[]"}
         if kind in answers:
             return web.Response(text=answers[kind], content_type="text/html" if kind == "html" else "application/json")
@@ -108,18 +114,24 @@ class Engine:
             return web.Response(body=b'{"choices": "' + b"x" * 3_000_000 + b'"}', content_type="application/json")
         return None
 
-    def _prefilled(self, http: web.Request, prompt: Any) -> web.Response:
+    async def _prefilled(self, http: web.Request, prompt: Any, body: dict[str, Any]) -> web.StreamResponse:
         params: dict[str, Any] = {
             "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "mock",
             "unheard_of": [1, {"a": 2.5}], "remote_port": self.order_port,
             "remote_request_id": http.headers.get("x-request-id", ""),
         }  # fmt: skip
         params["seal"] = sealed(params)
-        if not self.kind("no_kv", "lease"):
-            self.held[params["remote_request_id"]] = len(prompt)
         answer: dict[str, Any] = {"choices": [{"text": "first"}], "usage": {"prompt_tokens": len(prompt)}}
-        if not self.kind("no_kv"):
+        stopped = prompt[-1] == STOPS_AT_ONCE and not body.get("ignore_eos")
+        if not self.kind("no_kv") and not stopped and not body.get("use_beam_search"):
             answer["kv_transfer_params"] = params
+            if not self.kind("lease"):
+                for choice in range(body.get("n", 1)):
+                    self.held[params["remote_request_id"] + choice * "+"] = len(prompt)
+        if self.kind("die_after"):
+            asyncio.get_running_loop().call_later(PREFILL_S / 2, os._exit, 1)
+        if self.kind("slow_bytes", "headers_only"):
+            return await _slowly(http, json.dumps(answer).encode(), 0.3 if self.kind("slow_bytes") else 3600.0)
         return web.json_response(answer)
 
     async def _pull(self, transfer: dict[str, Any]) -> str:
@@ -135,30 +147,58 @@ class Engine:
             self.counters["recomputed"] += 1  # kv_load_failure_policy: recompute
         return ""
 
-    async def _stream(self, http: web.Request, prompt: Any, tokens: int) -> web.StreamResponse:
+    async def _stream(self, http: web.Request, answer: "Answer") -> web.StreamResponse:
         out = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await out.prepare(http)
-        if self.kind("error_event"):
-            await out.write(b'data: {"error": {"message": "EngineDeadError", "code": 500}}\n\ndata: [DONE]\n\n')
-            return out
         if self.kind("no_events"):
             await out.write(b"Internal Server Error")
             return out
-        after, words = int(self.fault.get("after", 3)), text_of(prompt, tokens).split(" ")
-        for k in range(10**9 if self.kind("endless") else tokens):
-            if k == after and self.kind("reset_mid") and http.transport is not None:
-                http.transport.abort()
-                await asyncio.sleep(3600)
-            if k == after and self.kind("end_mid"):
+        after = int(self.fault.get("after", 3))
+        for k in range(10**9 if self.kind("endless") else answer.tokens):
+            event = answer.event(k)
+            if k == (0 if self.kind("error_event", "refusal_event") else after) and await self._breaks(
+                http, out, event
+            ):
                 return out
-            if (k == after and self.kind("stall_mid")) or (k == 0 and self.kind("headers_only")):
+            if k == 0 and self.kind("headers_only"):
                 await asyncio.sleep(3600)
             await asyncio.sleep(TOKEN_S)
-            word = words[k % len(words)] + " "
-            await out.write(b"data: " + json.dumps({"choices": [{"index": 0, "text": word}]}).encode() + b"\n\n")
-        await out.write(b"data: [DONE]\n\n")
+            for byte in event if self.kind("in_pieces") else ():
+                await out.write(bytes([byte]))
+                await asyncio.sleep(0)
+            if not self.kind("in_pieces"):
+                await out.write(event)
+        await out.write(answer.last_events)
         self.counters["finished"] += 1
+        if self.kind("never_ends"):
+            await asyncio.sleep(3600)
         return out
+
+    async def _breaks(self, http: web.Request, out: web.StreamResponse, event: bytes) -> bool:
+        """Carries out a fault that happens within a stream; whether the stream is over."""
+        if self.kind("error_event", "refusal_event", "error_mid"):
+            code = 400 if self.kind("refusal_event") else 500
+            error = {"error": {"message": "made to fail", "type": "mock", "code": code}}
+            await out.write(b"data: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n")
+            return True
+        if self.kind("part_mid"):
+            await out.write(event[:20])
+            await asyncio.sleep(TOKEN_S)
+        if self.kind("part_mid", "reset_mid") and http.transport is not None:
+            http.transport.abort()
+            await asyncio.sleep(3600)
+        if self.kind("no_events_mid"):
+            await out.write(b"Internal Server Error\n\n")
+        if self.kind("stall_mid"):
+            await asyncio.sleep(3600)
+        if self.kind("drip_mid"):
+            for byte in event:
+                await out.write(bytes([byte]))
+                await asyncio.sleep(0.3)
+        while self.kind("no_event_end"):
+            await out.write(b"data: " + b"x" * 10_000)
+            await asyncio.sleep(0)
+        return self.kind("end_mid")
 
     async def health(self, http: web.Request) -> web.Response:
         if self.kind("health_silent"):
@@ -166,7 +206,7 @@ class Engine:
         return web.Response(status=503 if self.kind("health_503") else 200)
 
     async def state(self, http: web.Request) -> web.Response:
-        if self.kind("state_gone"):
+        if self.kind("state_gone", "reports_gone"):
             return web.Response(status=404)
         if self.kind("state_garbage"):
             return web.Response(text='{"version": 1, "prefill_tokens": -5}')
@@ -177,6 +217,8 @@ class Engine:
 
     async def metrics(self, http: web.Request) -> web.Response:
         busy = self.counters["in_flight"]
+        if self.kind("reports_gone"):
+            return web.Response(body=b"vllm:num_requests_running{} many\n\xff\x00")
         return web.Response(
             text=f'vllm:num_requests_running{{engine="0"}} {busy}\nvllm:num_requests_waiting{{engine="0"}} 0\n'
             'vllm:kv_cache_usage_perc{engine="0"} 0.0\n'
@@ -188,12 +230,51 @@ class Engine:
         return web.Response(status=200 if found is not None else 404)
 
 
-async def _slowly(http: web.Request, answer: str) -> web.StreamResponse:
+class Answer:
+    """What an engine says to a request, whole or event by event."""
+
+    def __init__(self, path: str, prompt: Any, body: dict[str, Any]) -> None:
+        self.is_chat, self.prompt, self.choices = path.endswith("chat/completions"), prompt, body.get("n", 1)
+        self.tokens = int(body.get("max_completion_tokens", body.get("max_tokens", 16)))
+        self._words = text_of(prompt, self.tokens).split(" ")
+        self._with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self._common = {"id": "mock", "created": 1, "model": body.get("model", "mock")}
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        counts = (len(self.prompt), self.tokens * self.choices)
+        return {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
+
+    def _say(self, text: str, key: str, finish: str | None) -> list[dict[str, Any]]:
+        said: dict[str, Any] = {key: {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return [{"index": k, "finish_reason": finish} | said for k in range(self.choices)]
+
+    def whole(self) -> bytes:
+        choices = self._say(text_of(self.prompt, self.tokens), "message", "length")
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return json.dumps(self._common | {"object": kind, "choices": choices, "usage": self._usage}).encode()
+
+    def event(self, k: int) -> bytes:
+        finish = "length" if k + 1 == self.tokens else None
+        return self._event(self._say(self._words[k % len(self._words)] + " ", "delta", finish))
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        body = self._common | {"object": kind, "choices": choices} | more
+        return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+    @property
+    def last_events(self) -> bytes:
+        usage = self._event([], usage=self._usage) if self._with_usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+
+async def _slowly(http: web.Request, answer: bytes, pause_s: float) -> web.StreamResponse:
     out = web.StreamResponse(headers={"content-type": "application/json"})
     await out.prepare(http)
     for byte in answer:
-        await asyncio.sleep(0.3)
-        await out.write(byte.encode())
+        await asyncio.sleep(pause_s)
+        await out.write(bytes([byte]))
     return out
 
 

@@ -9,14 +9,15 @@ import json
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mock_cluster import BOUND_S, MockEngine, RunningRouter, call, mock_cluster, wait_until
 from mock_engine import text_of
+from one_request import Reply, ask
 
 TIMEOUTS = {
     "connect_s": 0.5,
@@ -27,46 +28,9 @@ TIMEOUTS = {
     "silence_s": 0.6,
     "drain_s": 10,
 }
-TIMEOUTS |= {"silence_s": 0.6, "drain_s": 10}
 LIMITS = {"answer_bytes": 1_000_000, "body_bytes": 200_000, "attempts": 4}
 TOKENS = 6
 _numbers = itertools.count(1)
-
-
-@dataclass
-class Reply:
-    """What a client got."""
-
-    status: int
-    path: str = ""
-    text: str = ""
-    error: dict[str, Any] = field(default_factory=dict)
-    is_done: bool = False
-
-
-def ask(router: RunningRouter, prompt: list[int], stream: bool, **body: Any) -> Reply:
-    """One request, read to its end within a bound."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(router.url.rsplit(":", 1)[1]), timeout=BOUND_S)
-    try:
-        sent = {"model": "mock", "prompt": prompt, "max_tokens": TOKENS, "stream": stream} | body
-        connection.request("POST", "/v1/completions", json.dumps(sent), {"content-type": "application/json"})
-        response = connection.getresponse()
-        data, reply = response.read(), Reply(response.status, response.headers.get("x-deflector-path", ""))
-    finally:
-        connection.close()
-    if "event-stream" not in (response.headers.get("content-type") or ""):
-        answer = json.loads(data)
-        reply.error = answer.get("error", {})
-        reply.text = answer["choices"][0]["text"] if "choices" in answer else ""
-        return reply
-    for event in data.decode().split("\n\n"):
-        if event.startswith("data: [DONE]"):
-            reply.is_done = True
-        elif event.startswith("data: "):
-            parsed = json.loads(event.removeprefix("data: "))
-            reply.error = parsed.get("error", reply.error)
-            reply.text += parsed["choices"][0]["text"] if "choices" in parsed else ""
-    return reply
 
 
 @dataclass(frozen=True)
@@ -106,6 +70,9 @@ CASES = [
     *both("P answers half a JSON", "never", "P0", "truncated", "answer"),
     *both("P answers without kv_transfer_params", "never", "P0", "no_kv", "answer"),
     *both("P answers 3 MB", "never", "P0", "oversized", "answer"),
+    *both("P sends headers and nothing", "never", "P0", "headers_only", "answer"),
+    Case("P sends a byte now and then", "never", (("P0", "slow_bytes", {}),), "answer"),
+    *both("P is no vLLM: 404", "never", "P0", "no_route", "answer"),
     *both("both P refuse: deflected", "never", P, "refuse", "answer"),
     *both("both P answer 500: deflected", "never", P, "500", "answer"),
     *both("D refuses, KV goes to the other", "never", "D0", "refuse", "answer"),
@@ -120,6 +87,10 @@ CASES = [
     *both("all D never answer", "always", D, "silent", 504),
     *both("D finds the request wrong", "always", D, "400", 400),
     *both("P finds the request wrong", "never", P, "422", 422),
+    Case("D answers an empty body", "always", (("D0", "empty", {}),), "answer", stream=False),
+    Case("D answers a list", "always", (("D0", "list", {}),), "answer", stream=False),
+    Case("D sends headers and nothing", "always", (("D0", "headers_only", {}),), "answer", stream=False),
+    Case("D finds the request wrong once it streams", "always", ((D, "refusal_event", {}),), 400),
     Case("D sends headers and no token", "always", (("D0", "headers_only", {}),), "answer"),
     Case("D streams an error event first", "always", (("D0", "error_event", {}),), "answer"),
     Case("D streams what are no events", "always", (("D0", "no_events", {}),), "answer"),
@@ -127,11 +98,21 @@ CASES = [
     Case("D resets in mid-stream, after a transfer", "never", ((D, "reset_mid", {"after": 3}),), "broken"),
     Case("D ends its stream without [DONE]", "always", ((D, "end_mid", {"after": 3}),), "broken"),
     Case("D falls silent in mid-stream", "always", ((D, "stall_mid", {"after": 3}),), "broken"),
+    Case("D breaks off within an event", "always", ((D, "part_mid", {}),), "broken"),
+    Case("D streams an error event in mid-stream", "always", ((D, "error_mid", {}),), "broken"),
+    Case("D streams what are no events in mid-stream", "always", ((D, "no_events_mid", {}),), "broken"),
+    Case("D sends a byte now and then in mid-stream", "always", ((D, "drip_mid", {}),), "broken"),
+    Case("D streams an event without an end", "always", ((D, "no_event_end", {}),), "broken"),
+    Case("D says [DONE] and does not hang up", "always", ((D, "never_ends", {}),), "answer"),
+    Case("D sends its events byte by byte", "always", ((D, "in_pieces", {}),), "answer"),
     Case("D does not stop at max_tokens", "always", ((D, "endless", {}),), "broken"),
     Case("D sends a byte now and then", "always", (("D0", "slow_bytes", {}),), "answer", stream=False),
     Case("D answers 3 MB", "always", (("D0", "oversized", {}),), "answer", stream=False),
     Case("P's lease has ended: D recomputes", "never", (("P0", "lease", {}),), "answer"),
+    Case("P dies once it has prefilled: D recomputes", "never", ((P, "die_after", {}),), "answer"),
     Case("health check answers 503", "always", (("D0", "health_503", {}),), "answer"),
+    Case("health check is silent", "always", (("D0", "health_silent", {}),), "answer"),
+    Case("state endpoint gone, /metrics nonsense", "never", ((f"{P} {D}", "reports_gone", {}),), "answer"),
     Case("state endpoint gone", "never", (("P0", "state_gone", {}), ("D0", "state_gone", {})), "answer"),
     Case("state endpoint tells nonsense", "never", ((D, "state_garbage", {}),), "answer"),
     Case("engines' clocks jump by a day", "never", (("P0", "state_clock", {}), ("D0", "state_clock", {})), "answer"),
@@ -142,6 +123,13 @@ CASES = [
     Case("everybody is killed (-9)", "never", ((f"{P} {D}", "SIGKILL", {}),), 502),
     Case("the client asks with foreign KV", "never", (), 400, body=(("kv_transfer_params", {"remote_host": "x"}),)),
 ]  # fmt: skip
+
+
+HARMLESS = {
+    "in_pieces", "never_ends", "lease", "die_after", "health_503", "health_silent",
+    "reports_gone", "state_gone", "state_garbage", "state_clock",
+}  # fmt: skip
+"""Faults that a request need not even notice; all others cost it a second try, if it is answered."""
 
 
 class Bench:
@@ -185,6 +173,7 @@ def judge(bench: Bench, case: Case) -> tuple[Reply, dict[str, float]]:
     """Lets a fault happen to one request; raises if anything is not as it must be."""
     bench.mend(case.policy)
     before = bench.router.metric("deflector_orphaned_kv_total")
+    retried = bench.router.metric("deflector_retries_total")
     bench.break_down(case)
     prompt = [next(_numbers), 5, 6, 7]
     reply = ask(bench.router, prompt, case.stream, **dict(case.body))
@@ -192,9 +181,12 @@ def judge(bench: Bench, case: Case) -> tuple[Reply, dict[str, float]]:
     if case.sees == "answer":
         assert (reply.status, reply.text, reply.error) == (200, whole, {})
         assert reply.is_done == case.stream
+        met = bench.router.metric("deflector_retries_total") > retried
+        assert met or all(kind in HARMLESS for _, kind, _ in case.faults), "the fault was not met"
     elif case.sees == "broken":
         assert reply.status == 200
-        assert reply.text.startswith(whole[:10]), reply
+        is_endless = any(kind == "endless" for _, kind, _ in case.faults)
+        assert reply.text.startswith(whole) if is_endless else reply.text and whole.startswith(reply.text), reply
         assert {"message", "type", "code"} <= reply.error.keys()
         assert reply.is_done
     else:
@@ -202,7 +194,7 @@ def judge(bench: Bench, case: Case) -> tuple[Reply, dict[str, float]]:
         assert "message" in reply.error
     wait_until(lambda: not bench.router.metric("deflector_requests_in_flight"), "no request in flight")
     alive = [engine for engine in bench.engines.values() if engine.process.poll() is None]
-    stopped = any(kind.startswith("SIG") for _, kind, _ in case.faults)
+    stopped = any(kind.startswith(("SIG", "die")) for _, kind, _ in case.faults)
     orphans = bench.router.metric("deflector_orphaned_kv_total") - before
     if not stopped:
         wait_until(lambda: not bench.mocks_in_flight(), "nothing in flight at the engines")
@@ -237,7 +229,36 @@ def test_client_that_leaves_in_mid_stream_frees_everything(bench: Bench) -> None
     leave_after(bench, lambda: sum(node["decodes"] for node in bench.router.nodes()) == 1)
 
 
-def leave_after(bench: Bench, seen: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_decode_node_that_dies_in_mid_stream_ends_the_stream_with_an_error(bench: Bench, number: int) -> None:
+    bench.mend("never")
+    prompt, found = [next(_numbers), 8], list[Reply]()
+    thread = threading.Thread(target=lambda: found.append(ask(bench.router, prompt, stream=True, max_tokens=2000)))
+    thread.start()
+    wait_until(lambda: sum(node["decodes"] for node in bench.router.nodes()) == 1, "it streams")
+    [busy] = [name for name in ("D0", "D1") if bench.engines[name].counters.get("in_flight")]
+    bench.engines[busy].signal(number)
+    thread.join(BOUND_S)
+    [reply] = found
+    assert reply.text
+    assert text_of(prompt, 2000).startswith(reply.text)
+    assert {"message", "type", "code"} <= reply.error.keys()
+    assert reply.is_done
+
+
+def test_prefill_node_that_dies_at_work_is_replaced(bench: Bench) -> None:
+    bench.mend("never")
+    bench.engines["P0"].fail("silent")
+    prompt, found = [next(_numbers), 9], list[Reply]()
+    thread = threading.Thread(target=lambda: found.append(ask(bench.router, prompt, stream=True)))
+    thread.start()
+    wait_until(lambda: bench.engines["P0"].counters.get("in_flight") == 1, "it is at work")
+    bench.engines["P0"].signal(signal.SIGKILL)
+    thread.join(BOUND_S)
+    assert [(reply.path, reply.text) for reply in found] == [("disaggregate", text_of(prompt, TOKENS))]
+
+
+def leave_after(bench: Bench, seen: Callable[[], bool]) -> None:
     left = bench.router.metric("deflector_client_disconnects_total")
     connection = http.client.HTTPConnection("127.0.0.1", int(bench.router.url.rsplit(":", 1)[1]), timeout=BOUND_S)
     body = {"model": "mock", "prompt": [next(_numbers)], "max_tokens": TOKENS, "stream": True}

@@ -17,6 +17,7 @@ DEFAULT_OUTPUT_TOKENS = 4096
 """What a client allows that names no limit, for policies that ask; the engines keep their own."""
 LONGEST_SLO_MS = 86_400_000.0
 
+_NOT_FOR_PREFILL = frozenset({"stream_options", "min_tokens", "stop", "stop_token_ids"})
 _TO_PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -89,12 +90,14 @@ class ClientRequest:
     tbt_slo_s: float
 
     def for_prefill(self) -> bytes:
-        """The body for the prefill node: one token, not streamed, and the KV stays for the decode node."""
-        body = self.body | {"max_tokens": 1, "stream": False, "kv_transfer_params": _TO_PREFILL}
+        """The body for the prefill node: one token, not streamed, and the KV stays for the decode node.
+
+        The token may be any: older engines keep no KV of a request that ends by a stop token, even if it is the first.
+        """
+        one_token = {"max_tokens": 1, "stream": False, "ignore_eos": True, "kv_transfer_params": _TO_PREFILL}
+        body = {key: value for key, value in self.body.items() if key not in _NOT_FOR_PREFILL} | one_token
         if "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1
-        body.pop("stream_options", None)
-        body.pop("min_tokens", None)
         return orjson.dumps(body)
 
     def for_decode(self, kv_transfer_params: Mapping[str, Any]) -> bytes:
@@ -133,17 +136,12 @@ def read_request(
         raise _bad(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise _bad("the body is no JSON object")
-    if body.get("kv_transfer_params") is not None:
+    xargs = body.get("vllm_xargs")
+    if body.get("kv_transfer_params") is not None or (isinstance(xargs, dict) and "kv_transfer_params" in xargs):
         raise _bad("leave it out: the router sets it", "kv_transfer_params")
+    is_streamed, choices = _is_streamed(body), _choices(body)
     prompt_tokens, characters, prompts = _size(path, body, text)
     max_tokens = _max_tokens(body)
-    choices = body.get("n", 1)
-    choices = max(choices, 1) if isinstance(choices, int) else 1
-    one_node = ""
-    if prompts > 1:
-        one_node = "several_prompts"
-    elif body.get("prompt_logprobs") is not None or body.get("echo"):
-        one_node = "prompt_logprobs"
     return ClientRequest(
         path=path,
         raw=raw,
@@ -154,8 +152,8 @@ def read_request(
         characters=characters,
         max_output_tokens=max_tokens or DEFAULT_OUTPUT_TOKENS,
         events_allowed=2 * max_tokens * choices * prompts + 64 if max_tokens else math.inf,
-        is_streamed=body.get("stream") is True,
-        one_node=one_node,
+        is_streamed=is_streamed,
+        one_node=_why_one_node(body, prompts, choices),
         ttft_slo_s=_slo_s(headers, TTFT_HEADER),
         tbt_slo_s=_slo_s(headers, TBT_HEADER),
     )
@@ -214,6 +212,32 @@ def _characters(message: object) -> int:
     return 16
 
 
+def _is_streamed(body: dict[str, Any]) -> bool:
+    """Engines take 1 and "true", too, and would stream where nobody here reads events."""
+    value = body.get("stream")
+    if value is not None and not isinstance(value, bool):
+        raise _bad("give true or false", "stream")
+    return bool(value)
+
+
+def _choices(body: dict[str, Any]) -> int:
+    value = body.get("n")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise _bad("give a whole number from 1", "n")
+    return value or 1
+
+
+def _why_one_node(body: dict[str, Any], prompts: int, choices: int) -> str:
+    """Why KV cannot move between nodes for this request: an engine hands over that of one sequence, once."""
+    if prompts > 1:
+        return "several_prompts"
+    if choices > 1:
+        return "several_choices"
+    if body.get("use_beam_search"):
+        return "beam_search"
+    return "prompt_logprobs" if body.get("prompt_logprobs") is not None or body.get("echo") else ""
+
+
 def _max_tokens(body: dict[str, Any]) -> int:
     for key in ("max_completion_tokens", "max_tokens"):
         value = body.get(key)
@@ -231,7 +255,7 @@ def _slo_s(headers: Mapping[str, str], name: str) -> float:
     except ValueError:
         milliseconds = math.nan
     if not 0 < milliseconds <= LONGEST_SLO_MS:
-        raise _bad(f"header {name}: {text[:40]!r} is no positive number of milliseconds", name)
+        raise _bad(f"{text[:40]!r} is no positive number of milliseconds", name)
     return milliseconds / 1000
 
 

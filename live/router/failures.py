@@ -32,7 +32,7 @@ class Refusal(Exception):  # noqa: N818  (it refuses a request; nothing is wrong
     @property
     def event(self) -> bytes:
         """The same as the last events of a stream that has begun."""
-        return b"\n\ndata: " + self.body + b"\n\ndata: [DONE]\n\n"
+        return b"data: " + self.body + b"\n\ndata: [DONE]\n\n"
 
     @property
     def _error(self) -> dict[str, Any]:
@@ -51,6 +51,7 @@ class LegFailure(Exception):  # noqa: N818  (a leg's failure, mostly mended by a
         blames_node: Whether the node is at fault: its breaker counts it.
         final: The node's own answer, to be passed on: another node would say the same.
         headers: Of that answer.
+        kv_left: Whether a prefill node may hold KV that nobody can pull.
     """
 
     def __init__(
@@ -67,3 +68,4 @@ class LegFailure(Exception):  # noqa: N818  (a leg's failure, mostly mended by a
         super().__init__(detail)
         self.kind, self.detail, self.status, self.blames_node = kind, detail, status, blames_node
         self.final, self.headers = final, headers or {}
+        self.kv_left = False

@@ -45,13 +45,19 @@ class Engines:
         Raises:
             LegFailure: If the node does not do it.
         """
-        async with self.leg(node, self._timeouts.first_byte_s) as leg:
-            response = await self.send(node, path, body, headers)
-            try:
-                data = await self.whole(node, response, leg)
-            finally:
-                response.release()
-        answer = parsed_answer(data, node)
+        has_prefilled = False
+        try:
+            async with self.leg(node, self._timeouts.first_byte_s) as leg:
+                response = await self.send(node, path, body, headers)
+                has_prefilled = True
+                try:
+                    data = await self.whole(node, response, leg)
+                finally:
+                    response.release()
+            answer = parsed_answer(data, node)
+        except LegFailure as failure:
+            failure.kv_left = has_prefilled
+            raise
         transfer = answer.get("kv_transfer_params")
         if not isinstance(transfer, dict) or not transfer:
             raise LegFailure("garbage", f"{node.name} prefilled and offers no KV: is it a kv_producer?")
@@ -89,7 +95,7 @@ class Engines:
             headers = headers | {"authorization": f"Bearer {key.get_secret_value()}"}
         response = await self.session.post(node.url(path), data=body, headers=headers, allow_redirects=False)
         if response.status != 200:
-            await _refused(node, response)
+            await _refused(node, response, own_key=key is None and "authorization" in headers)
         return response
 
     async def whole(self, node: Node, response: aiohttp.ClientResponse, leg: Leg) -> bytes:
@@ -108,8 +114,14 @@ class Engines:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-async def _refused(node: Node, response: aiohttp.ClientResponse) -> None:
-    """Raises what an answer with another status than 200 means."""
+async def _refused(node: Node, response: aiohttp.ClientResponse, own_key: bool) -> None:
+    """Raises what an answer with another status than 200 means.
+
+    Args:
+        node: Whose answer it is.
+        response: The answer.
+        own_key: Whether the client's own key has reached the engine.
+    """
     status = response.status
     try:
         data = await response.content.read(_MOST_ERROR_BYTES)
@@ -122,9 +134,20 @@ async def _refused(node: Node, response: aiohttp.ClientResponse) -> None:
         raise LegFailure(
             "status", detail, status=503 if status != 429 else 429, blames_node=status == 503, headers=headers
         )
-    if 400 <= status < 500 and status not in (401, 403, 404, 405):
+    # Who asks for a model that is not there, or brings a wrong key, must not cost the node its good name.
+    by_client = own_key if status in (401, 403) else _names_an_error(data) if status == 404 else status != 405
+    if 400 <= status < 500 and by_client:
         raise LegFailure("status", detail, status=status, blames_node=False, final=data, headers=headers)
     raise LegFailure("status", detail, status=502, headers=headers)
+
+
+def _names_an_error(data: bytes) -> bool:
+    """Whether a 404 comes from vLLM's own handlers, which know no such model, or from something that is no vLLM."""
+    try:
+        answer = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(answer, dict) and ("error" in answer or answer.get("object") == "error")
 
 
 def parsed_answer(data: bytes, node: Node) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from deflector.live.router.client_request import ClientRequest, TokensPerText
 from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
 from deflector.live.router.decision_log import DecisionLog
+from deflector.live.router.events import EventStream, before_error
 from deflector.live.router.failures import LegFailure, Refusal
 from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines, parsed_answer
@@ -70,7 +71,7 @@ class Relay:
     ) -> None:
         """Brings together what a request meets."""
         self._attempts, self._timeouts, self._slo = config.limits.attempts, config.timeouts, config.ttft_slo()
-        self._tbt_slo_s = config.slo.tbt_s
+        self._tbt_slo_s, self._answer_bytes = config.slo.tbt_s, config.limits.answer_bytes
         self._fleet, self._policy, self._engines = fleet, policy, engines
         self._metrics, self._log, self._text = metrics, log, text
         self._numbers = 0
@@ -184,6 +185,8 @@ class Relay:
             answer = await self._engines.prefill(source, client.path, client.for_prefill(), client.headers)
         except LegFailure as failure:
             self._blame(source, failure, journey, "prefill")
+            if failure.kv_left:
+                self._metrics.orphaned(client.prompt_tokens)
             raise
         source.breaker.succeeded()
         self._learn(client, answer)
@@ -229,8 +232,8 @@ class Relay:
         async with self._engines.leg(target, self._timeouts.first_byte_s) as leg:
             response = await self._engines.send(target, client.path, body, client.headers)
             try:
-                first = await response.content.readany()
-                _check_first(first, target)
+                events = EventStream(target, response.content, self._answer_bytes)
+                first = await events.first()
                 flight.first_token()
                 target.breaker.abandoned()
                 journey.handoff = None
@@ -239,39 +242,41 @@ class Relay:
                 out = web.StreamResponse(headers=self._labels(journey) | _EVENT_HEADERS)
                 journey.answer_begun = out
                 await _to_client(out.prepare(http))
-                await self._pass_events(first, response, out, client, flight, leg)
+                await self._pass_events(first, events, out, client, flight, leg)
+                target.breaker.succeeded()
+                await _to_client(out.write_eof())
+                if not await events.ends():
+                    response.close()
             except BaseException:
                 response.close()
                 raise
             response.release()
-        target.breaker.succeeded()
-        await _to_client(out.write_eof())
         return out
 
     async def _pass_events(
-        self, data: bytes, response: aiohttp.ClientResponse, out: web.StreamResponse, client: ClientRequest,
-        flight: Flight, leg: Leg,
-    ) -> None:  # fmt: skip
-        """Passes a stream's bytes on as they come, and counts its events."""
-        idle_s = self._timeouts.idle_s
-        read, target, events, tail = response.content.readany, flight.target, 0, b""
+        self, data: bytes, stream: EventStream, out: web.StreamResponse, client: ClientRequest, flight: Flight, leg: Leg
+    ) -> None:
+        """Passes a stream's events on as they come, and counts them."""
+        idle_s, target, events = self._timeouts.idle_s, flight.target, 0
         while data:
-            count = data.count(b"\n\n")
-            events += count
-            flight.more(count)
+            time_s = target.last_sign_s = now_s()
+            events += stream.count
+            flight.more(stream.count)
             if events > client.events_allowed:
                 raise LegFailure("garbage", f"{target.name} does not stop at max_tokens")
-            tail = data[-16:] if len(data) >= 16 else (tail + data)[-16:]
-            leg.deadline_s, leg.waits_for_client = now_s() + idle_s, True
+            leg.deadline_s, leg.waits_for_client = time_s + idle_s, True
+            tokens = before_error(data)
             try:
-                await out.write(data)
+                await out.write(data if tokens is None else tokens)
             except _GONE as error:
                 raise ClientGone from error
             leg.waits_for_client = False
-            data = await read()
-            target.last_sign_s = now_s()
-        if b"[DONE]" not in tail:
-            raise LegFailure("reset", f"{target.name} ended its stream early")
+            if tokens is not None:
+                raise stream.error_in(data)
+            if stream.is_done:
+                return
+            data = await stream.next()
+        raise LegFailure("reset", f"{target.name} ended its stream early")
 
     def _learn(self, client: ClientRequest, answer: dict[str, Any]) -> None:
         usage = answer.get("usage")
@@ -305,17 +310,6 @@ async def _break_off(out: web.StreamResponse, failure: LegFailure) -> web.Stream
     await _to_client(out.write(refusal.event))
     await _to_client(out.write_eof())
     return out
-
-
-def _check_first(data: bytes, node: Node) -> None:
-    """Refuses a stream that begins with an error, or is none."""
-    if not data:
-        raise LegFailure("reset", f"{node.name} ended before its first token")
-    begin = data[:64].lstrip()
-    if not begin.startswith((b"data:", b":", b"event:", b"id:", b"retry:")):
-        raise LegFailure("garbage", f"{node.name} streams what are no events")
-    if begin.startswith((b'data: {"error"', b'data:{"error"')) or begin.startswith(b"data: [DONE]"):
-        raise LegFailure("status", f"{node.name} streams an error: {data[:200].decode(errors='replace').strip()}")
 
 
 def _predicted_s(decision: Decision, flight: Flight) -> float:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 
+import orjson
 from aiohttp import web
 from aiohttp.web_exceptions import HTTPException, HTTPRequestEntityTooLarge
 
@@ -99,10 +100,13 @@ class Face:
         self._metrics.in_flight.set(self.in_flight)
         try:
             raw = await self._body(http)
-            request_id = http.headers.get("x-request-id", "")[:_LONGEST_ID] or os.urandom(16).hex()
+            given_id = http.headers.get("x-request-id", "")[:_LONGEST_ID]
+            request_id = given_id if given_id and given_id.isascii() else os.urandom(16).hex()
             passed_on = self._passed_on(http) | {"x-request-id": request_id, "content-type": "application/json"}
             client = read_request(http.path, raw, http.headers, passed_on, request_id, self._text)
             return await self._relay.serve(http, client)
+        except orjson.JSONEncodeError:
+            raise Refusal(400, "the body is nested too deeply", code="invalid_request") from None
         finally:
             self.in_flight -= 1
             self._metrics.in_flight.set(self.in_flight)
