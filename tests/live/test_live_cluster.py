@@ -6,11 +6,8 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 from live_cluster import CpuCluster, deflector
 from mock_cluster import call, wait_until
-
-pytestmark = pytest.mark.xdist_group("live")
 
 
 def test_engines_tell_their_load_and_status_shows_them(cpu_cluster: CpuCluster, tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ import yaml
 from live_cluster import CpuCluster
 from mock_cluster import RunningRouter, call
 
-pytestmark = pytest.mark.xdist_group("live")
-
 AT_ONCE = 8
 MODEL = "random-llama"
 LENGTHS = (17, 100, 300, 700)
