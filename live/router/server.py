@@ -16,10 +16,12 @@ from deflector.live.router.answers import as_json, refused
 from deflector.live.router.client_request import CHAT, COMPLETIONS, TokensPerText, read_request
 from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
+from deflector.live.router.dashboard import EVENTS, Dashboard
 from deflector.live.router.failures import LegFailure, Refusal
 from deflector.live.router.fleet import Fleet
 from deflector.live.router.legs import Engines
 from deflector.live.router.metrics import RouterMetrics, node_facts
+from deflector.live.router.recent import Recent
 from deflector.live.router.relay import RETRY_AFTER_S, ClientGone, Relay
 
 _log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class Face:
 
     def __init__(
         self, config: RouterConfig, fleet: Fleet, relay: Relay, engines: Engines, metrics: RouterMetrics,
-        text: TokensPerText, admin: Admin,
+        text: TokensPerText, admin: Admin, recent: Recent,
     ) -> None:  # fmt: skip
         """Not ready until `is_ready` is set."""
         self._config, self._fleet, self._relay, self._engines = config, fleet, relay, engines
@@ -47,6 +49,7 @@ class Face:
         self._admin_key = config.admin_key.get_secret_value().encode() if config.admin_key else b""
         self.is_ready, self.is_draining = False, False
         self.in_flight = 0
+        self._dashboard = Dashboard(fleet, recent, self._condition)
         self._routes: dict[tuple[str, str], Handler] = {
             ("POST", COMPLETIONS): self._complete,
             ("POST", CHAT): self._complete,
@@ -56,7 +59,8 @@ class Face:
             ("GET", "/nodes"): self._nodes,
             ("GET", "/metrics"): self._exposition,
             ("GET", "/version"): self._version,
-        }
+            ("GET", EVENTS): self._dashboard_events,
+        } | {("GET", path): page for path, page in self._dashboard.pages.items()}
         self._paths = {path for _, path in self._routes}
 
     async def answer(self, http: web.BaseRequest) -> web.StreamResponse:
@@ -164,11 +168,26 @@ class Face:
         return web.Response(text="ok\n")
 
     async def _ready(self, http: web.BaseRequest) -> web.StreamResponse:
-        able = any(node.takes_requests(now_s()) for node in self._fleet.decode_nodes)
-        why = "draining" if self.is_draining else "starting" if not self.is_ready else "no healthy decode node"
-        if self.is_ready and not self.is_draining and able:
+        state = self._state()
+        if state == "ready":
             return web.Response(text="ready\n")
-        return web.Response(status=503, text=why + "\n", headers={"retry-after": "1"})
+        return web.Response(status=503, text=state + "\n", headers={"retry-after": "1"})
+
+    def _state(self) -> str:
+        if self.is_draining or not self.is_ready:
+            return "draining" if self.is_draining else "starting"
+        able = any(node.takes_requests(now_s()) for node in self._fleet.decode_nodes)
+        return "ready" if able else "no healthy decode node"
+
+    def _condition(self) -> dict[str, object]:
+        """The router itself, as its page shows it."""
+        slo, most = self._config.slo, self._config.limits.requests
+        facts = {"in_flight": self.in_flight, "most_in_flight": most, "ttft_slo": slo.ttft, "tbt_slo_s": slo.tbt_s}
+        return {"state": self._state(), "policy": self._admin.policy.text, "version": deflector.__version__} | facts
+
+    async def _dashboard_events(self, http: web.BaseRequest) -> web.StreamResponse:
+        self._let_in(http)
+        return await self._dashboard.events(http)
 
     async def _nodes(self, http: web.BaseRequest) -> web.StreamResponse:
         self._let_in(http)
