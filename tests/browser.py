@@ -1,18 +1,28 @@
 """A real headless Chromium, driven over its own pipe: no driver and no further package is needed."""
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 BOUND_S = 30.0
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+AS_3_AND_4 = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Chromium reads orders from descriptor 3 and answers on 4."""
 
 
 def find_browser() -> str | None:
@@ -31,19 +41,17 @@ class Page:
     def __init__(self, binary: str, profile: Path) -> None:
         self.errors: list[str] = []
         self.requested: list[str] = []
-        read, browser_writes = os.pipe()
-        browser_reads, write = os.pipe()
-        # Chromium reads orders from descriptor 3 and answers on 4.
+        (read, browser_writes), (browser_reads, write) = os.pipe(), os.pipe()
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (browser_reads, browser_writes)]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{browser_reads} 4>&{browser_writes}', "sh", binary, "--headless=new",
+            [sys.executable, "-c", AS_3_AND_4, *map(str, theirs), binary, "--headless=new",
              "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-sandbox", "--disable-gpu",
              "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--hide-scrollbars", "about:blank"],
-            pass_fds=(browser_reads, browser_writes), stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(browser_reads)
-        os.close(browser_writes)
+        for end in (browser_reads, browser_writes, *theirs):
+            os.close(end)
         self._read, self._write, self._rest = read, write, b""
         self._numbers = itertools.count(1)
         self._session: str | None = None

@@ -22,6 +22,8 @@ WINDOW_S = 60.0
 MOST_REQUESTS = 8192
 MOST_GAPS = 8192
 MOST_CHOICES = 40
+FAILED = ("failed", "broken_off")
+"""Outcomes that are neither the client's doing nor an answer."""
 _CODES = {name: float(code) for code, name in PATHS.items()}
 
 Columns = npt.NDArray[np.float64]
@@ -114,7 +116,7 @@ class Recent:
         elif outcome == "failed" and gaps.count < 0:
             self.first_token(request, path, math.inf, math.nan)
         self.ended_since_start[path] += 1
-        self._ends.append((now_s(), _CODES[path], float(outcome == "finished"), kept))
+        self._ends.append((now_s(), _CODES[path], float(outcome in FAILED), kept))
 
     def ttft_of(self, requests: set[int]) -> dict[int, float]:
         """TTFT in seconds of those requests that have had a first token, by their numbers."""
@@ -135,7 +137,7 @@ class Recent:
                 "span_s": self._span_s(self._gaps, time_s),
             },
             "ended": {
-                "requests": ends.shape[1], "unfinished": int((ends[2] == 0).sum()), "span_s": span_s,
+                "requests": ends.shape[1], "failed": int(ends[2].sum()), "span_s": span_s,
                 "per_s": round(ends.shape[1] / span_s, 3),
             },
             "paths": [self._path(name, firsts, ends) for name in PATHS.values()],
@@ -148,7 +150,7 @@ class Recent:
         return {
             "path": name,
             "requests": ended.shape[1],
-            "unfinished": int((ended[2] == 0).sum()),
+            "failed": int(ended[2].sum()),
             "since_start": self.ended_since_start[name],
             "ttft": _ttft(own),
             "predicted": len(errors),

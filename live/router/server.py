@@ -181,9 +181,15 @@ class Face:
 
     def _condition(self) -> dict[str, object]:
         """The router itself, as its page shows it."""
-        slo, most = self._config.slo, self._config.limits.requests
-        facts = {"in_flight": self.in_flight, "most_in_flight": most, "ttft_slo": slo.ttft, "tbt_slo_s": slo.tbt_s}
-        return {"state": self._state(), "policy": self._admin.policy.text, "version": deflector.__version__} | facts
+        ttft, config = self._config.ttft_slo(), self._config
+        return {
+            "state": self._state(),
+            "policy": self._admin.policy.text,
+            "version": deflector.__version__,
+            "in_flight": self.in_flight,
+            "most_in_flight": config.limits.requests,
+            "slo": {"ttft_s": ttft.seconds, "ttft_prefills": ttft.multiple, "tbt_s": config.slo.tbt_s},
+        }
 
     async def _dashboard_events(self, http: web.BaseRequest) -> web.StreamResponse:
         self._let_in(http)

@@ -1,5 +1,5 @@
-// Tables whose rows keep their elements from one snapshot to the next, and lines of the last minute. What they are given
-// is put in as text, never as HTML.
+// Tables whose rows keep their elements from one snapshot to the next, and lines of the last minute. What they are
+// given is put in as text, never as HTML.
 
 export const HISTORY_S = 60;
 

@@ -1,7 +1,7 @@
 // What one snapshot of the router says, put on the page.
 
 import { $, fill, HISTORY_S, line, marked, put } from "./draw.js";
-import { clock, count, percent, rate, seconds, signed, span, whole } from "./words.js";
+import { clock, compact, count, percent, rate, seconds, signed, span, whole } from "./words.js";
 
 const PATHS = {
   disaggregate: ["■", "plain", "disaggregate"],
@@ -41,23 +41,31 @@ function showRouter({ router, up_s }) {
 const deflectedShare = ({ paths, ended }) =>
   ended.requests ? paths.find(({ path }) => path === "deflect").requests / ended.requests : null;
 
+// Seconds, a multiple of the prompt's prefill time on an idle node, or both.
+const ttftSlo = ({ ttft_s, ttft_prefills }) =>
+  [ttft_s && seconds(ttft_s), ttft_prefills && `${ttft_prefills}x prefill`].filter(Boolean).join(" + ");
+
 function showTiles(snapshot) {
   const { router, ttft, tbt, ended } = snapshot;
   put($("in-flight"), whole(router.in_flight));
   put($("in-flight-note"), `of ${whole(router.most_in_flight)} that are let in`);
   put($("rate"), rate(ended.per_s));
-  put($("rate-note"), `${whole(ended.requests)} ended in ${span(ended.span_s)}, ${whole(ended.unfinished)} unfinished`);
+  put($("rate-note"), `${whole(ended.requests)} ended in ${span(ended.span_s)}, ${whole(ended.failed)} failed`);
   put($("ttft"), percent(ttft.attained));
-  put($("ttft-note"), ttft.requests ? `P50 ${seconds(ttft.p50_s, "∞")}, P95 ${seconds(ttft.p95_s, "∞")}` : "no first token yet");
+  const ttfts = `P50 ${seconds(ttft.p50_s, "∞")}, P95 ${seconds(ttft.p95_s, "∞")}`;
+  put($("ttft-note"), ttft.requests ? ttfts : "no first token yet");
+  put($("ttft-slo"), `SLO by default: ${ttftSlo(router.slo)}`);
   put($("tbt"), percent(tbt.attained));
   put($("tbt-note"), tbt.gaps ? `P50 ${seconds(tbt.p50_s)}, P95 ${seconds(tbt.p95_s)}` : "no tokens yet");
+  put($("tbt-slo"), `SLO by default: ${seconds(router.slo.tbt_s)}`);
   const share = deflectedShare(snapshot);
   put($("deflected"), percent(share));
-  put($("deflected-note"), share == null ? "no requests yet" : `of ${count(ended.requests, "request")} in ${span(ended.span_s)}`);
+  const all = `of ${count(ended.requests, "request")} in ${span(ended.span_s)}`;
+  put($("deflected-note"), share == null ? "no requests yet" : all);
 }
 
 function showLines() {
-  const range = (format, what) => (low, high) => `${what} ${format(low)} to ${format(high)}, last ${HISTORY_S} s`;
+  const range = (format, what) => (low, high) => `${what} ${format(low)} to ${format(high)} in ${HISTORY_S} s`;
   line("in-flight", history, (past) => past.router.in_flight, range(whole, "In flight"));
   line("rate", history, (past) => past.ended.per_s, range(rate, "Per second"));
   line("ttft", history, (past) => past.ttft.p95_s, range(seconds, "P95"));
@@ -69,7 +77,9 @@ function showNodes(nodes) {
   const states = new Map();
   for (const { state } of nodes) states.set(state, (states.get(state) ?? 0) + 1);
   put($("nodes-note"), [...states].map(([state, n]) => `${n} ${state}`).join(", "));
-  const rows = nodes.map((node) => [
+  // Whoever looks for trouble among many nodes finds it on top.
+  const sorted = [...nodes].sort((a, b) => (a.state === "healthy") - (b.state === "healthy"));
+  const rows = sorted.map((node) => [
     node.name,
     node.role,
     marked(STATES[node.state] ?? ["?", "bad"], node.state),
@@ -78,7 +88,7 @@ function showNodes(nodes) {
     whole(node.requests),
     `${whole(node.decodes)} of ${whole(node.most_sequences)}`,
     {
-      text: `${whole(node.kv_tokens_used)} of ${whole(node.kv_tokens_capacity)}`,
+      text: `${whole(node.kv_tokens_used)} of ${compact(node.kv_tokens_capacity)}`,
       share: node.kv_tokens_used / node.kv_tokens_capacity,
     },
     whole(node.deflected_in_flight),
@@ -96,7 +106,7 @@ function showPaths({ paths, ended, ttft, window_s }) {
       marked(PATHS[path.path], path.path),
       whole(path.requests),
       percent(ended.requests ? path.requests / ended.requests : null),
-      whole(path.unfinished),
+      whole(path.failed),
       whole(path.since_start),
       percent(path.ttft.attained),
       path.ttft.requests ? seconds(path.ttft.p50_s, "∞") : "—",
@@ -109,7 +119,8 @@ function showPaths({ paths, ended, ttft, window_s }) {
 }
 
 function showDecisions(decisions) {
-  put($("decisions-note"), decisions.length ? "the estimate of the chosen path is bold" : "");
+  const legend = "bold: the estimate of the chosen path; no actual TTFT: none yet, or not streamed";
+  put($("decisions-note"), decisions.length ? legend : "");
   const rows = decisions.map((one) => [
     `#${one.number}${one.attempt > 1 ? `, try ${one.attempt}` : ""}`,
     clock(one.time_s),
@@ -131,9 +142,9 @@ function showDecisions(decisions) {
 }
 
 function firstRequest() {
-  const code = document.createElement("code");
+  const code = document.createElement("pre");
   code.textContent =
-    `curl ${new URL("v1/completions", document.baseURI)} -H 'content-type: application/json' ` +
-    `-d '{"model": "MODEL", "prompt": "Once", "stream": true}'`;
-  return ["No requests yet. Send one: ", code];
+    `curl ${new URL("v1/completions", document.baseURI)} -H 'content-type: application/json' \\\n` +
+    `  -d '{"model": "MODEL", "prompt": "Once", "stream": true}'`;
+  return ["No requests yet. Send one:", code];
 }

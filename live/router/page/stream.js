@@ -42,7 +42,8 @@ async function watch() {
       why = error instanceof Refused ? `: ${error.message}` : "";
     }
     if (!isWanted()) continue;
-    say("✕", "bad", `Disconnected${why}${shownAt && `; shown is ${shownAt}`}; trying again`);
+    say("✕", "bad", `Disconnected${why}; trying again.${shownAt && ` The figures are of ${shownAt}.`}`);
+    put($("state"), "unknown");
     await sleep(pauseMs * (0.75 + Math.random() / 2));
     pauseMs = Math.min(2 * pauseMs, LONGEST_PAUSE_MS);
   }
@@ -84,6 +85,7 @@ function connected(snapshot) {
   } catch (error) {
     reportError(error); // In the console: it is no fault of the connection.
   }
+  $("figures").hidden = $("pause").hidden = false;
   say("●", "good", "Live");
   $("forget").hidden = !key;
 }
@@ -91,7 +93,8 @@ function connected(snapshot) {
 function askForKey(wasWrong) {
   asksForKey = true;
   forgetKey();
-  say("✕", "bad", wasWrong ? "The router does not know this key" : "The router asks for an API key");
+  say("▲", "fair", wasWrong ? "The router does not know this key" : "An API key is needed");
+  $("figures").hidden = $("pause").hidden = true;
   $("key-form").hidden = false;
   $("key").focus();
 }

@@ -1,6 +1,7 @@
 // Numbers in words; a dash where there is none.
 
 export const whole = (n) => (n == null ? "—" : Math.round(n).toLocaleString("en"));
+export const compact = (n) => n.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
 export const percent = (share) => {
   if (share == null) return "—";
   const value = 100 * share;
