@@ -134,13 +134,25 @@ def test_snapshots_follow_the_requests(pair: Pair) -> None:
     assert (newest["path"], newest["reason"], newest["prompt_tokens"]) == ("disaggregate", "policy_fixed", 8)
     assert newest["ttft_prefill_path_s"] > 0
     assert newest["ttft_decode_path_s"] is None  # `never` does not ask
-    assert newest["ttft_s"] is None
+    assert (newest["ttft_s"], newest["is_streamed"], newest["has_failed"]) == (None, False, False)
     assert 0 < after["decisions"][1]["ttft_s"] < BOUND_S
     path = next(path for path in after["paths"] if path["path"] == "disaggregate")
     assert (path["requests"], path["failed"], path["since_start"], path["predicted"]) == (2, 0, 2, 1)
     assert path["error_p50_s"] == pytest.approx(path["ttft"]["p50_s"] - path["predicted_p50_s"], abs=1e-5)
     assert after["tbt"]["requests"] == 1
     assert 0 < after["tbt"]["gaps"] < 600
+
+
+def test_request_that_fails_is_shown_so(pair: Pair) -> None:
+    router, engines = pair
+    engines[1].fail("500")
+    assert ask(router, [7] * 5, True).status == 502
+    engines[1].revive()
+    with viewing(router) as viewer:
+        snapshot = viewer.next()
+    newest = snapshot["decisions"][0]
+    assert (newest["prompt_tokens"], newest["has_failed"], newest["ttft_s"]) == (5, True, None)
+    assert sum(path["failed"] for path in snapshot["paths"]) == snapshot["ttft"]["failed"] == 1
 
 
 def test_key_is_needed_where_keys_are_configured(tmp_path: Path) -> None:
@@ -183,9 +195,8 @@ def hostile_cluster() -> tuple[Fleet, Recent]:
     config = RouterConfig.model_validate({"nodes": [{"role": "decode", "url": url}]})
     fleet, recent = Fleet(config, now_s()), Recent()
     decision = Decision(Way.LOCAL, -1, 0, Reason.CHOSEN, ChunkRule.NONE)
-    recent.decided(
-        1, Request(1, 0.0, 9, 9, 1.0, 0.1), Answer(decision, HOSTILE + "\n\ndata: {}", "x", 0.0), fleet.nodes
-    )
+    answer = Answer(decision, HOSTILE + "\n\ndata: {}", "x", 0.0)
+    recent.decided(1, Request(1, 0.0, 9, 9, 1.0, 0.1), answer, fleet.nodes, True)
     return fleet, recent
 
 
@@ -354,6 +365,21 @@ def test_tbt_is_kept_while_one_gap_in_a_hundred_is_late(late: int, gaps: int, ke
     recent.ended(request(1), "local", "finished", stream)
     found = recent.figures(time_s)
     assert (found["tbt"]["attained"], found["tbt"]["gaps"]) == (kept, gaps)
+
+
+def test_tbt_percentiles_are_those_of_all_gaps_of_the_window() -> None:
+    recent, begin_s = Recent(), now_s()
+    paces_s = [0.02] * 9 + [0.5]
+    streams = [recent.gaps(1.0) for _ in paces_s]
+    events = sorted((begin_s + k * pace_s, number) for number, pace_s in enumerate(paces_s) for k in range(101))
+    for time_s, number in events:
+        streams[number].tokens(time_s, 1)
+    found = recent.figures(begin_s + 55.0)["tbt"]
+    assert isinstance(found, dict)
+    assert (found["gaps"], found["p50_s"], found["p95_s"]) == (
+        1000, pytest.approx(0.02, rel=0.03), pytest.approx(0.5, rel=0.03)
+    )  # fmt: skip
+    assert recent.figures(begin_s + 200.0)["tbt"]["gaps"] == 0  # type: ignore[index]
 
 
 def test_tokens_that_come_together_have_no_gap_and_a_broken_stream_has_missed() -> None:

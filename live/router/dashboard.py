@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -170,7 +171,7 @@ def _choice(choice: Choice, clock_s: float, ttft_s: float | None) -> dict[str, o
     Args:
         choice: It.
         clock_s: What the wall's clock is ahead of the router's.
-        ttft_s: Until its request's first token, if that has come.
+        ttft_s: Until its request's first token, if that has come; inf if it never will.
     """
     decision, nodes = choice.answer.decision, choice.nodes
     return {
@@ -186,4 +187,6 @@ def _choice(choice: Choice, clock_s: float, ttft_s: float | None) -> dict[str, o
         "ttft_prefill_path_s": decision.ttft_prefill_path_s,
         "ttft_decode_path_s": decision.ttft_decode_path_s,
         "ttft_s": ttft_s,
+        "is_streamed": choice.is_streamed,
+        "has_failed": ttft_s == math.inf,
     }

@@ -1,4 +1,4 @@
-"""What has just happened to requests, for who looks on: the newest decisions, first tokens, gaps and ends.
+"""What has just happened to requests, for who looks on: the newest decisions, first tokens and ends.
 
 Serving appends a tuple and goes on; all arithmetic waits until somebody asks for the figures.
 """
@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from deflector.envs.state import Request
 from deflector.live.router.clock import now_s
+from deflector.live.router.gaps import GapCounts, Gaps
 from deflector.live.router.metrics import PATHS
 from deflector.live.router.nodes import Node
 from deflector.live.router.policy_slot import Answer
 
 WINDOW_S = 60.0
-MOST_REQUESTS = 8192
-MOST_GAPS = 8192
+MOST_REQUESTS = 4096
 MOST_CHOICES = 40
 FAILED = ("failed", "broken_off")
 """Outcomes that are neither the client's doing nor an answer."""
@@ -30,9 +30,9 @@ Columns = npt.NDArray[np.float64]
 Figures = dict[str, float | int | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
-    """One decision.
+    """One decision; not frozen, which would cost a request twice the time.
 
     Attributes:
         time_s: When, on the router's clock.
@@ -40,6 +40,7 @@ class Choice:
         request: As the policy saw it.
         answer: As it was carried out.
         nodes: The fleet's then, which the decision's ids are positions in.
+        is_streamed: Whether its first token will be seen.
     """
 
     time_s: float
@@ -47,39 +48,7 @@ class Choice:
     request: Request
     answer: Answer
     nodes: Sequence[Node]
-
-
-class Gaps:
-    """The gaps between the tokens of one stream, held against its TBT SLO.
-
-    Attributes:
-        count: Gaps so far; tokens that come together have none between them, which counts as kept.
-        late: Those over the SLO.
-    """
-
-    __slots__ = ("_last_s", "_newest", "_slo_s", "count", "late")
-
-    def __init__(self, slo_s: float, newest: deque[tuple[float, float]]) -> None:
-        """Of a stream that has not begun; its gaps are added to the newest of all streams."""
-        self._slo_s, self._newest, self._last_s = slo_s, newest, math.nan
-        self.count, self.late = -1, 0
-
-    def tokens(self, time_s: float, tokens: int) -> None:
-        """Tokens have come."""
-        if tokens < 1:
-            return
-        if self.count >= 0:
-            gap_s = time_s - self._last_s
-            self._newest.append((time_s, gap_s))
-            if gap_s > self._slo_s:
-                self.late += 1
-        self.count += tokens
-        self._last_s = time_s
-
-    @property
-    def are_kept(self) -> bool:
-        """Whether at most one gap in a hundred is late: their P99 is within the SLO."""
-        return 100 * self.late <= self.count
+    is_streamed: bool
 
 
 class Recent:
@@ -91,12 +60,12 @@ class Recent:
         self.choices: deque[Choice] = deque(maxlen=MOST_CHOICES)
         self.ended_since_start: Counter[str] = Counter()
         self._first_tokens: deque[tuple[float, ...]] = deque(maxlen=MOST_REQUESTS)
-        self._gaps: deque[tuple[float, float]] = deque(maxlen=MOST_GAPS)
+        self._gaps = GapCounts(WINDOW_S)
         self._ends: deque[tuple[float, ...]] = deque(maxlen=MOST_REQUESTS)
 
-    def decided(self, attempt: int, request: Request, answer: Answer, nodes: Sequence[Node]) -> None:
+    def decided(self, attempt: int, request: Request, answer: Answer, nodes: Sequence[Node], is_streamed: bool) -> None:
         """A policy has decided."""
-        self.choices.append(Choice(now_s(), attempt, request, answer, nodes))
+        self.choices.append(Choice(now_s(), attempt, request, answer, nodes, is_streamed))
 
     def gaps(self, tbt_slo_s: float) -> Gaps:
         """Takes the gaps of a stream that is about to begin."""
@@ -119,23 +88,18 @@ class Recent:
         self._ends.append((now_s(), _CODES[path], float(outcome in FAILED), kept))
 
     def ttft_of(self, requests: set[int]) -> dict[int, float]:
-        """TTFT in seconds of those requests that have had a first token, by their numbers."""
-        return {int(row[5]): row[2] for row in self._first_tokens if row[5] in requests and row[2] < math.inf}
+        """TTFT in seconds of those requests that have had a first token, inf of those that failed; by their numbers."""
+        return {int(row[5]): row[2] for row in self._first_tokens if row[5] in requests}
 
     def figures(self, time_s: float) -> dict[str, object]:
         """TTFT, TBT, and all by path, over the window; seconds and shares, None where there is nothing to count."""
         since_s = time_s - WINDOW_S
         firsts, ends = _columns(self._first_tokens, 6, since_s), _columns(self._ends, 4, since_s)
-        gaps = _columns(self._gaps, 2, since_s)
         kept = ends[3][~np.isnan(ends[3])]
         span_s = self._span_s(self._ends, time_s)
         return {
             "ttft": _ttft(firsts) | {"span_s": self._span_s(self._first_tokens, time_s)},
-            "tbt": {
-                "requests": len(kept), "attained": _mean(kept), "gaps": gaps.shape[1],
-                "p50_s": _percentile(gaps[1], 50), "p95_s": _percentile(gaps[1], 95),
-                "span_s": self._span_s(self._gaps, time_s),
-            },
+            "tbt": {"requests": len(kept), "attained": _mean(kept)} | self._gaps.figures(since_s),
             "ended": {
                 "requests": ends.shape[1], "failed": int(ends[2].sum()), "span_s": span_s,
                 "per_s": round(ends.shape[1] / span_s, 3),
@@ -147,25 +111,24 @@ class Recent:
         own, ended = firsts[:, firsts[1] == _CODES[name]], ends[:, ends[1] == _CODES[name]]
         compared = own[:, np.isfinite(own[2]) & np.isfinite(own[4])]
         errors = compared[2] - compared[4]
-        return {
+        figures: dict[str, object] = {
             "path": name,
             "requests": ended.shape[1],
             "failed": int(ended[2].sum()),
             "since_start": self.ended_since_start[name],
             "ttft": _ttft(own),
             "predicted": len(errors),
-            "predicted_p50_s": _percentile(compared[4], 50),
-            "error_p50_s": _percentile(errors, 50),
-            "absolute_error_p95_s": _percentile(np.abs(errors), 95),
         }
+        figures |= _percentiles(compared[4], "predicted_") | _percentiles(errors, "error_")
+        return figures | _percentiles(np.abs(errors), "absolute_error_")
 
-    def _span_s(self, rows: deque[tuple[float, ...]] | deque[tuple[float, float]], time_s: float) -> float:
+    def _span_s(self, rows: deque[tuple[float, ...]], time_s: float) -> float:
         """Seconds that the figures over some rows cover: less than the window where older rows gave way."""
         since_s = rows[0][0] if len(rows) == rows.maxlen else self.began_s
         return round(min(WINDOW_S, max(1.0, time_s - since_s)), 3)
 
 
-def _columns(rows: deque[tuple[float, ...]] | deque[tuple[float, float]], width: int, since_s: float) -> Columns:
+def _columns(rows: deque[tuple[float, ...]], width: int, since_s: float) -> Columns:
     """What has come since then, a row a field; the first one is the time."""
     flat = np.fromiter(chain.from_iterable(rows), np.float64, width * len(rows))
     columns = flat.reshape(-1, width).T
@@ -177,15 +140,17 @@ def _ttft(firsts: Columns) -> Figures:
         "requests": firsts.shape[1],
         "failed": int(np.isinf(firsts[2]).sum()),
         "attained": _mean(firsts[2] <= firsts[3]),
-        "p50_s": _percentile(firsts[2], 50),
-        "p95_s": _percentile(firsts[2], 95),
-    }
+    } | _percentiles(firsts[2])
 
 
 def _mean(values: npt.NDArray[np.float64] | npt.NDArray[np.bool_]) -> float | None:
     return round(float(values.mean()), 6) if len(values) else None
 
 
-def _percentile(values: npt.NDArray[np.float64], percent: int) -> float | None:
-    """One of the values, so that requests without a first token, which are infinite, never mix with others."""
-    return round(float(np.percentile(values, percent, method="higher")), 6) if len(values) else None
+def _percentiles(values: npt.NDArray[np.float64], prefix: str = "") -> Figures:
+    """P50 and P95, each one of the values: an infinite one, where no first token came, never mixes with others."""
+    ordered, last = np.sort(values), len(values) - 1
+    return {
+        f"{prefix}p{percent}_s": round(float(ordered[math.ceil(last * percent / 100)]), 6) if len(values) else None
+        for percent in (50, 95)
+    }

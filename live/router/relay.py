@@ -18,11 +18,12 @@ from deflector.live.router.decision_log import DecisionLog
 from deflector.live.router.events import EventStream, before_error
 from deflector.live.router.failures import LegFailure, Refusal
 from deflector.live.router.fleet import Fleet
+from deflector.live.router.gaps import Gaps
 from deflector.live.router.legs import Engines, parsed_answer
 from deflector.live.router.metrics import PATHS, RouterMetrics, predicted_ttft_s
 from deflector.live.router.nodes import Leg, Node
 from deflector.live.router.policy_slot import PolicySlot
-from deflector.live.router.recent import Gaps, Recent
+from deflector.live.router.recent import Recent
 
 KV_KEPT_S = 20.0
 """A prefill node keeps KV for 30 s by default; a decode node that hears of it later might pull what is gone."""
@@ -150,7 +151,7 @@ class Relay:
         answer = replace(answer, decision=decision)
         self._metrics.decided(answer)
         self._log.note(journey.client.request_id, attempt, routed, answer, self._fleet)
-        self._recent.decided(attempt, routed, answer, nodes)
+        self._recent.decided(attempt, routed, answer, nodes, journey.client.is_streamed)
         journey.path, journey.reason = PATHS[decision.path], answer.reason
         return decision
 

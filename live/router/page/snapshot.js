@@ -46,7 +46,7 @@ const ttftSlo = ({ ttft_s, ttft_prefills }) =>
   [ttft_s && seconds(ttft_s), ttft_prefills && `${ttft_prefills}x prefill`].filter(Boolean).join(" + ");
 
 function showTiles(snapshot) {
-  const { router, ttft, tbt, ended } = snapshot;
+  const { router, ttft, tbt, ended, window_s, up_s } = snapshot;
   put($("in-flight"), whole(router.in_flight));
   put($("in-flight-note"), `of ${whole(router.most_in_flight)} that are let in`);
   put($("rate"), rate(ended.per_s));
@@ -54,10 +54,15 @@ function showTiles(snapshot) {
   put($("ttft"), percent(ttft.attained));
   const ttfts = `P50 ${seconds(ttft.p50_s, "∞")}, P95 ${seconds(ttft.p95_s, "∞")}`;
   put($("ttft-note"), ttft.requests ? ttfts : "no first token yet");
-  put($("ttft-slo"), `SLO by default: ${ttftSlo(router.slo)}`);
+  const never = ttft.failed ? `, ${whole(ttft.failed)} never came` : "";
+  const firsts = `${count(ttft.requests - ttft.failed, "first token")} in ${span(ttft.span_s)}${never}`;
+  put($("ttft-count"), ttft.requests ? firsts : "");
+  put($("ttft-slo"), `Default SLO ${ttftSlo(router.slo)}`);
   put($("tbt"), percent(tbt.attained));
   put($("tbt-note"), tbt.gaps ? `P50 ${seconds(tbt.p50_s)}, P95 ${seconds(tbt.p95_s)}` : "no tokens yet");
-  put($("tbt-slo"), `SLO by default: ${seconds(router.slo.tbt_s)}`);
+  const gaps = `${count(tbt.gaps, "gap")} in ${span(Math.min(window_s, up_s))}`;
+  put($("tbt-count"), tbt.gaps ? gaps : "");
+  put($("tbt-slo"), `Default SLO ${seconds(router.slo.tbt_s)}`);
   const share = deflectedShare(snapshot);
   put($("deflected"), percent(share));
   const all = `of ${count(ended.requests, "request")} in ${span(ended.span_s)}`;
@@ -119,8 +124,7 @@ function showPaths({ paths, ended, ttft, window_s }) {
 }
 
 function showDecisions(decisions) {
-  const legend = "bold: the estimate of the chosen path; no actual TTFT: none yet, or not streamed";
-  put($("decisions-note"), decisions.length ? legend : "");
+  put($("decisions-note"), decisions.length ? "bold: the estimate of the chosen path" : "");
   const rows = decisions.map((one) => [
     `#${one.number}${one.attempt > 1 ? `, try ${one.attempt}` : ""}`,
     clock(one.time_s),
@@ -132,13 +136,16 @@ function showDecisions(decisions) {
     { text: seconds(one.ttft_prefill_path_s), name: one.path === "disaggregate" ? "chosen" : "" },
     { text: seconds(one.ttft_decode_path_s), name: one.path === "deflect" || one.path === "local" ? "chosen" : "" },
     seconds(one.ttft_slo_s),
-    one.ttft_s == null
-      ? "—"
-      : one.ttft_s <= one.ttft_slo_s
-        ? marked(["✓", "good"], seconds(one.ttft_s))
-        : marked(["✕", "bad"], `${seconds(one.ttft_s)}, late`),
+    actualTtft(one),
   ]);
   fill("decisions", rows, [4, 7, 8, 9, 10], firstRequest);
+}
+
+function actualTtft({ ttft_s, ttft_slo_s, is_streamed, has_failed }) {
+  if (has_failed) return marked(["✕", "bad"], "failed");
+  if (ttft_s == null) return is_streamed ? "—" : "not streamed";
+  if (ttft_s <= ttft_slo_s) return marked(["✓", "good"], seconds(ttft_s));
+  return marked(["✕", "bad"], `${seconds(ttft_s)}, late`);
 }
 
 function firstRequest() {
