@@ -78,7 +78,7 @@ def test_key_is_asked_for_and_never_stands_in_an_address(page: Page, tmp_path: P
     with mock_cluster(tmp_path, "D", policy="always", api_keys=["right-key"], warm_pairs=False) as (router, _):
         page.open(router.url + "/dashboard")
         for key in ("wrong-key", "right-key"):
-            wait_until(lambda: page.eval("document.activeElement.id") == "key", "the key is asked for")
+            wait_until(lambda: page.eval("document.activeElement?.id") == "key", "the key is asked for")
             page.type(key)
             page.press("Enter")
             says(page, "Live" if key == "right-key" else "does not know this key")
@@ -103,9 +103,9 @@ def test_page_fits_a_phone_is_used_by_keyboard_and_shows_names_as_text(page: Pag
         assert page.eval("document.images.length") == 0
         assert page.eval("document.documentElement.scrollWidth") <= 375
         page.press("Tab")
-        assert "Skip" in page.eval("document.activeElement.textContent")
+        assert "Skip" in page.eval("document.activeElement?.textContent")
         page.press("Tab")
-        assert page.eval("document.activeElement.id") == "pause"
+        assert page.eval("document.activeElement?.id") == "pause"
         page.press("Space")
         says(page, "Paused")
         page.press("Space")
