@@ -1,15 +1,15 @@
 """What a run is judged by: attainment, goodput, TTFT and its parts, gaps between tokens."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Column, Outcomes, Status
 from deflector.envs.state import Path
-from deflector.policies.rollout import Rollout
 from deflector.training.stats import percentile
 
 QUANTILE_PERCENTS: tuple[float, ...] = (*map(float, range(100)), 99.5, 99.9, 100.0)
@@ -101,7 +101,18 @@ class RunMetrics:
         return cls(**found | {"ttft_parts_p95": TtftParts(**parts), "ttft_quantiles_s": quantiles_s})
 
 
-def measure(result: Rollout, *, warmup_s: float, end_s: float) -> RunMetrics:
+class Played(Protocol):
+    """A workload that has been played to its end, in the simulator or live."""
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """Of every request."""
+
+    def gap_percentiles_s(self, percents: Sequence[float]) -> list[float]:
+        """Percentiles over all gaps between tokens that count; nan if there are none."""
+
+
+def measure(result: Played, *, warmup_s: float, end_s: float) -> RunMetrics:
     """Judges a run.
 
     Args:

@@ -198,6 +198,11 @@ def _profile_of(node: LiveNode, config: RouterConfig) -> str:
 
 def facts_of(config: RouterConfig, nodes: Iterable[LiveNode]) -> ClusterFacts:
     """The arrays that policies read, one row per node in this order."""
+    return cluster_of(config, nodes).facts()
+
+
+def cluster_of(config: RouterConfig, nodes: Iterable[LiveNode]) -> ClusterSpec:
+    """The cluster that these nodes make, as the simulator takes it."""
     plain = [
         NodeSpec.model_validate(
             node.model_dump(exclude={"url", "api_key"})
@@ -205,7 +210,9 @@ def facts_of(config: RouterConfig, nodes: Iterable[LiveNode]) -> ClusterFacts:
         )
         for node in nodes
     ]
-    return ClusterSpec.model_validate({"nodes": plain, "link": config.link}).facts()
+    return ClusterSpec.model_validate(
+        {"nodes": plain, "link": config.link, "report_interval_s": config.report_interval_s}
+    )
 
 
 def _problem(error: ValidationError) -> str:

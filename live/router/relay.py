@@ -10,6 +10,7 @@ import aiohttp
 from aiohttp import web
 
 from deflector.envs.state import Decision, Path, Request
+from deflector.live.router.answers import PATH_HEADER, REASON_HEADER
 from deflector.live.router.book import Flight
 from deflector.live.router.client_request import ClientRequest, TokensPerText
 from deflector.live.router.clock import now_s
@@ -287,8 +288,8 @@ class Relay:
     def _labels(self, journey: Journey) -> dict[str, str]:
         return {
             "x-request-id": journey.client.request_id,
-            "x-deflector-path": journey.path,
-            "x-deflector-reason": journey.reason,
+            PATH_HEADER: journey.path,
+            REASON_HEADER: journey.reason,
         }
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from deflector.envs.errors import InputError
 from deflector.live.cluster.flags import Cluster
+from deflector.live.replay.flags import Replay
 from deflector.live.router.flags import Serve
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ def run_cluster(flags: Cluster, console: Console) -> None:
     from deflector.live.cluster.commands import run_cluster
 
     run_cluster(flags, console)
+
+
+def run_replay(flags: Replay, console: Console) -> None:
+    """Carries out `deflector replay`."""
+    _need("replay", "aiohttp", "orjson", "prometheus_client", "uvloop")
+    from deflector.replay import run_replay
+
+    run_replay(flags, console)
 
 
 def _need(command: str, *modules: str) -> None:

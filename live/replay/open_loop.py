@@ -1,0 +1,129 @@
+"""An open loop: every request of a workload leaves at its time, however far behind the servers are."""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from deflector.envs.outcome import NUM_COLUMNS, Column, Outcomes, Status
+from deflector.envs.workload import Workload
+from deflector.live.replay.client import Seen, Target, completion, send
+from deflector.live.router.client_request import TBT_HEADER, TTFT_HEADER
+from deflector.live.router.clock import now_s
+
+TOKEN_IDS = (3, 4000)
+"""Of prompts; every model in use has so many."""
+HEAD_START_S = 0.2
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRun:
+    """What the clients of a workload have seen.
+
+    Attributes:
+        outcomes: Of every request. Times count from its own sending, so that the generator's lateness is not the
+            server's; what only the server knows is nan.
+        gaps_s: Gaps between tokens of each request.
+        late_s: By how much each request left after its time.
+        problems: Why requests failed, and how many.
+    """
+
+    outcomes: Outcomes
+    gaps_s: tuple[FloatArray, ...]
+    late_s: FloatArray
+    problems: Counter[str]
+
+    def gap_percentiles_s(self, percents: Sequence[float]) -> list[float]:
+        """Percentiles over all gaps between tokens; nan if there are none."""
+        gaps_s = np.concatenate(self.gaps_s) if self.gaps_s else np.empty(0)
+        return [gap_percentile_s(gaps_s, percent) for percent in percents]
+
+    def counted_from(self, warmup_s: float) -> "LiveRun":
+        """The same without the gaps of requests that arrive earlier; `measure` leaves out the rest of them."""
+        first = int(np.searchsorted(self.outcomes.arrival_s, warmup_s))
+        return LiveRun(self.outcomes, self.gaps_s[first:], self.late_s, self.problems)
+
+
+def gap_percentile_s(gaps_s: FloatArray, percent: float) -> float:
+    """The smallest gap that so many per cent do not exceed, as in the simulator; nan if there are none."""
+    return float(np.percentile(gaps_s, percent, method="inverted_cdf")) if len(gaps_s) else math.nan
+
+
+async def play(target: Target, workload: Workload, *, seed: int, on_end: Callable[[], None] = lambda: None) -> LiveRun:
+    """Plays a workload to its end.
+
+    Args:
+        target: Where to.
+        workload: With SLOs, which go along as headers.
+        seed: Of the prompts. Engines cache the prefixes that they have seen: two runs on the same engines need two.
+        on_end: Called at each request's end.
+    """
+    bodies = make_bodies(target.model, workload, seed)
+    seen = [Seen() for _ in bodies]
+    began_s = now_s() + HEAD_START_S
+    stay_s = workload.abort_s - workload.arrival_s if len(workload.abort_s) else np.full(len(workload), np.inf)
+
+    async def one(k: int) -> None:
+        await asyncio.sleep(max(0.0, began_s + float(workload.arrival_s[k]) - now_s()))
+        try:
+            async with asyncio.timeout(float(stay_s[k]) if math.isfinite(stay_s[k]) else None):
+                await send(target, bodies[k], slo_headers(workload, k), seen[k])
+        except TimeoutError:
+            pass  # It has left, as the workload says.
+        on_end()
+
+    async with asyncio.TaskGroup() as group:
+        for k in range(len(bodies)):
+            group.create_task(one(k))
+    late_s = np.array([one.sent_s for one in seen]) - began_s - workload.arrival_s
+    return live_run(workload, seen, late_s)
+
+
+def live_run(workload: Workload, seen: Sequence[Seen], late_s: FloatArray) -> LiveRun:
+    """What so many clients have seen, put together."""
+    table = np.full((len(seen), NUM_COLUMNS), np.nan)
+    for row, arrival_s, one, output_tokens in zip(table, workload.arrival_s, seen, workload.output_tokens, strict=True):
+        fill_row(row, float(arrival_s), one, int(output_tokens))
+    return LiveRun(
+        Outcomes(workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, table),
+        tuple(np.diff(one.event_s) for one in seen),
+        late_s,
+        Counter(one.problem for one in seen if one.problem),
+    )
+
+
+def fill_row(row: FloatArray, arrival_s: float, seen: Seen, output_tokens: int) -> None:
+    """One row of `Outcomes.table`, of what a client has seen by now."""
+    status = seen.status
+    if status == Status.FINISHED and seen.tokens < output_tokens:
+        status, seen.problem = Status.FAILED, "fewer tokens than asked for"
+    row[Column.STATUS], row[Column.PATH] = status, seen.path
+    row[Column.TOKENS], row[Column.PREEMPTIONS] = seen.tokens, 0
+    row[Column.FINISH_S] = arrival_s + seen.ended_s - seen.sent_s
+    if seen.event_s:
+        row[Column.FIRST_TOKEN_S] = arrival_s + seen.event_s[0] - seen.sent_s
+    gaps_s = np.diff(seen.event_s)
+    if len(gaps_s):
+        row[Column.TBT_MEAN_S], row[Column.TBT_MAX_S] = gaps_s.mean(), gaps_s.max()
+        row[Column.TBT_P99_S] = gap_percentile_s(gaps_s, 99)
+
+
+def make_bodies(model: str, workload: Workload, seed: int) -> list[bytes]:
+    """Every request's body; prompts are random tokens."""
+    generator = np.random.default_rng(seed)
+    return [
+        completion(model, generator.integers(*TOKEN_IDS, size=int(prompt)).tolist(), int(output))
+        for prompt, output in zip(workload.prompt_tokens, workload.output_tokens, strict=True)
+    ]
+
+
+def slo_headers(workload: Workload, k: int) -> dict[str, str]:
+    """The SLOs of the k-th request, as the router reads them; one that is infinite is left out."""
+    slos_s = {TTFT_HEADER: workload.ttft_slo_s[k], TBT_HEADER: workload.tbt_slo_s[k]}
+    return {name: f"{slo_s * 1e3:.3f}" for name, slo_s in slos_s.items() if math.isfinite(slo_s)}
