@@ -172,7 +172,7 @@ def _parts_between(outcomes: Outcomes, order: np.ndarray[Any, np.dtype[np.intp]]
     band = order[math.floor(low / 100 * last) : math.ceil(high / 100 * last) + 1]
     rows = outcomes.table[band]
     got_token = ~np.isnan(rows[:, Column.FIRST_TOKEN_S])
-    if not got_token.any():
+    if not got_token.any() or np.isnan(rows[:, Column.QUEUE_S]).all():  # A live run does not know the parts.
         return TtftParts(math.nan, math.nan, math.nan, math.nan)
     rows = rows[got_token]
     queue_s, prefill_s, transfer_s = np.nan_to_num(rows[:, [Column.QUEUE_S, Column.PREFILL_S, Column.TRANSFER_S]]).T

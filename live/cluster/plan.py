@@ -10,7 +10,7 @@ from typing import Any
 
 from deflector.envs.cluster import ClusterSpec, NodeSpec, link_speed
 from deflector.envs.errors import InputError
-from deflector.envs.step_time import load_profile
+from deflector.envs.step_time import load_profile, rescaled
 from deflector.live.cluster.flags import Up
 from deflector.live.cluster.random_model import write_random_model
 from deflector.live.vllm_plugin.emulated_model import write_emulated_model
@@ -170,8 +170,9 @@ def _emulated(flags: Up, node: NodeSpec, place: _Place) -> _Made:
     model = place.folder / "models" / profile.name
     write_emulated_model(model, profile, flags.max_model_len)
     gigabytes_per_s, _ = link_speed(place.link)
-    config = _plugin_config(_slowed(node.profile, place.slowdown), place.steps) | {
+    config = _plugin_config(rescaled(node.profile, place.slowdown), place.steps) | {
         "deflector_slowdown": node.slowness,
+        "deflector_slowdown_file": str(place.folder / f"{node.role}-{place.number}.slowdown"),
         "deflector_link_gb_per_s": gigabytes_per_s / place.slowdown,
     }
     blocks = node.kv_blocks or profile.kv_tokens_capacity // node.block_size
@@ -183,7 +184,7 @@ def _emulated(flags: Up, node: NodeSpec, place: _Place) -> _Made:
         "--kv-transfer-config", _transfer("EmulatedConnector", node.role, {"kv_connector_module_path": CONNECTOR}),
     ]  # fmt: skip
     facts = {
-        "profile": _slowed(node.profile, place.slowdown),
+        "profile": rescaled(node.profile, place.slowdown),
         "link": str(gigabytes_per_s / place.slowdown),
         "block_size": node.block_size,
         "kv_blocks": blocks,
@@ -234,11 +235,6 @@ _KINDS = {"emulated": _emulated, "cpu": _cpu, "gpu": _gpu}
 def _plugin_config(profile: str, steps: str | None) -> dict[str, Any]:
     config: dict[str, Any] = {"deflector_profile": profile}
     return config | {"deflector_step_log": steps} if steps is not None else config
-
-
-def _slowed(profile: str, slowdown: float) -> str:
-    """The profile with its knob turned, as the router reads it."""
-    return profile if slowdown == 1 else f"{profile}{',' if ':' in profile else ':'}scale={slowdown:g}"
 
 
 def _transfer(connector: str, role: str, more: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 
@@ -12,9 +13,10 @@ from deflector.envs.errors import InputError
 from deflector.envs.outcome import Status
 from deflector.envs.state import Path
 from deflector.live.router.answers import PATH_HEADER
+from deflector.live.router.client_request import COMPLETIONS, TO_PREFILL
 from deflector.live.router.clock import now_s
 
-COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
+MODELS = "/v1/models"
 CONNECT_S, MODELS_S = 5.0, 10.0
 _PATHS = {path.name.lower(): path for path in Path}
 _TOO_BUSY = (429, 503)
@@ -152,6 +154,26 @@ async def _read(content: aiohttp.StreamReader, seen: Seen, on_token: Callable[[]
         if on_token is not None:
             on_token()
     seen.status, seen.problem = Status.FAILED, "the stream ended without [DONE]"
+
+
+async def prefill(target: Target, prompt: list[int]) -> dict[str, Any]:
+    """Has a prompt prefilled for another engine; the `kv_transfer_params` with which that pulls it.
+
+    Raises:
+        InputError: If the engine does not do it.
+    """
+    body = {
+        "model": target.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "kv_transfer_params": TO_PREFILL,
+    }  # fmt: skip
+    try:
+        async with target.session.post(target.url + COMPLETIONS, json=body, headers=target.headers) as answer:
+            data = await answer.read()
+            found = json.loads(data).get("kv_transfer_params") if answer.status == 200 else None
+    except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
+        raise InputError(f"{target.url} cannot prefill: {error or type(error).__name__}") from None
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{target.url} prefills and offers no KV ({_in_short(data)}): is it a kv_producer?")
+    return found
 
 
 def _in_short(data: bytes) -> str:

@@ -62,9 +62,9 @@ class Replay:
     """Requests that arrive earlier are sent and not counted."""
     seeds: Annotated[str, arg(metavar="N[-N][,...]", help_behavior_hint="(default: 0)")] = "0"
     """Seeds, as numbers and ranges: each is one more run of every policy."""
-    slo_ttft: Annotated[str, arg(metavar="SPEC", help_behavior_hint="(default: 0.25+4x)")] = "0.25+4x"
+    slo_ttft: Annotated[str | None, arg(metavar="SPEC", help_behavior_hint="(default: the file's)")] = None
     """TTFT SLO: seconds such as 2.0, a multiple of the prompt's isolated prefill time such as 4x, or their sum."""
-    slo_tbt: Annotated[float, arg(metavar="SECONDS", help_behavior_hint="(default: 0.1)")] = 0.1
+    slo_tbt: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="(default: the file's)")] = None
     """SLO on the P99 of a request's gaps between tokens."""
     timeout: Annotated[float, arg(metavar="SECONDS", help_behavior_hint="(default: 600)")] = 600.0
     """A request that has not ended after so long has failed."""

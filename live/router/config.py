@@ -210,8 +210,10 @@ def cluster_of(config: RouterConfig, nodes: Iterable[LiveNode]) -> ClusterSpec:
         )
         for node in nodes
     ]
+    roles = [node.role for node in plain]
+    name = "".join(f"{roles.count(role)}{role[0].upper()}" for role in ("prefill", "decode", "mixed") if role in roles)
     return ClusterSpec.model_validate(
-        {"nodes": plain, "link": config.link, "report_interval_s": config.report_interval_s}
+        {"nodes": plain, "link": config.link, "report_interval_s": config.report_interval_s, "name": name}
     )
 
 

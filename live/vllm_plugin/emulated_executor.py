@@ -8,6 +8,7 @@ position alone, so that every path to them gives the same ones.
 import time
 import zlib
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ FIRST_TOKEN = 3
 BACK_TO_BACK_S = 0.004
 """A step that is given this soon after the last one ended begins where that ended: a GPU's queue hides the host."""
 POLL_S = 0.001
+READ_EVERY_S = 1.0
 
 logger = init_logger(__name__)
 
@@ -62,6 +64,26 @@ class _TimedFuture(Future[Any]):
         return super().result(timeout)
 
 
+class SlowdownFile:
+    """One more factor on all steps, from a file that somebody may write while the engine runs."""
+
+    def __init__(self, path: str | None) -> None:
+        """1 where there is no file."""
+        self._path = path
+        self._factor, self._read_s = 1.0, -READ_EVERY_S
+
+    def factor(self, now_s: float) -> float:
+        """As the file says, read at most once a second; 1 if it says nothing sensible."""
+        if self._path is not None and now_s - self._read_s >= READ_EVERY_S:
+            self._read_s = now_s
+            try:
+                factor = float(Path(self._path).read_text())
+            except (OSError, ValueError):
+                factor = 1.0
+            self._factor = factor if 0.01 <= factor <= 100 else 1.0
+        return self._factor
+
+
 class EmulatedExecutor(Executor):
     """Waits instead of computing."""
 
@@ -72,6 +94,7 @@ class EmulatedExecutor(Executor):
         settings = read_settings(self.vllm_config.additional_config)
         self._profile = settings.profile or load_profile(DEFAULT_PROFILE)
         self._slowdown = settings.slowdown
+        self._slowdown_file = SlowdownFile(settings.slowdown_file)
         self._sequences: dict[str, _Sequence] = {}
         self._last_end_s = 0.0
         self._sampled: Future[Any] | None = None
@@ -177,6 +200,7 @@ class EmulatedExecutor(Executor):
         if not ids:
             return _only(news), 0.0
         step_s = float(self._profile.step_time_s(chunk_tokens, q, decodes, kv_tokens)) * self._slowdown
+        step_s *= self._slowdown_file.factor(time.monotonic())
         index = {request_id: k for k, request_id in enumerate(ids)}
         output = ModelRunnerOutput(
             req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens, kv_connector_output=news

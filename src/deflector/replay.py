@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import uvloop
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,12 +26,12 @@ from deflector.envs.slo import SloSpec
 from deflector.envs.sources import ShapeSource, Source, TraceSource
 from deflector.envs.workload import Workload
 from deflector.envs.written import write_json
-from deflector.live.cluster.running import cluster_folder, find
 from deflector.live.replay.client import find_target, new_session
+from deflector.live.replay.cluster_file import find_cluster
 from deflector.live.replay.flags import Replay
 from deflector.live.replay.open_loop import LiveRun, play
 from deflector.live.replay.router_process import serving
-from deflector.live.router.config import RouterConfig, checked_config, cluster_of, read_config
+from deflector.live.router.config import RouterConfig, cluster_of
 from deflector.policies.policy import policy_key
 from deflector.policies.registry import policy_labels, split_policies
 from deflector.policies.rollout import rollout
@@ -73,7 +74,7 @@ def run_replay(flags: Replay, console: Console) -> None:
         InputError: In one line, with the remedy.
         OSError: If results cannot be written.
     """
-    path, config = _configuration(flags.cluster)
+    path, config = find_cluster(flags.cluster)
     plan = _make_plan(flags, config)
     done = _Replayed({}, {}, [], {})
     began_s = time.monotonic()
@@ -94,21 +95,13 @@ def run_replay(flags: Replay, console: Console) -> None:
             console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
 
 
-def _configuration(cluster: str) -> tuple[Path, RouterConfig]:
-    path = Path(cluster)
-    if path.suffix not in (".yaml", ".yml"):
-        if find(cluster) is None:
-            raise InputError(f"cluster '{cluster}' does not run: deflector cluster up, or give a .yaml file")
-        path = cluster_folder(cluster) / "endpoints.yaml"
-    return path, checked_config(read_config(path), str(path))
-
-
 def _make_plan(flags: Replay, config: RouterConfig) -> Plan:
     """One cell, as an evaluation has it."""
     if flags.load is not None and flags.rate is not None:
         raise InputError("--rate and --load: give one of the two")
-    for name, value, least in (("timeout", flags.timeout, 1e-3), ("slo-tbt", flags.slo_tbt, 1e-6)):
-        if not least <= value < math.inf:
+    slo_tbt_s = config.slo.tbt_s if flags.slo_tbt is None else flags.slo_tbt
+    for name, value in (("timeout", flags.timeout), ("slo-tbt", slo_tbt_s)):
+        if not 0 < value < math.inf:
             raise InputError(f"--{name} {value:g}: give a positive number of seconds")
     length_s = flags.busiest or flags.duration or DEFAULT_DURATION_S
     if not 0 <= flags.warmup < length_s < math.inf:
@@ -132,8 +125,8 @@ def _make_plan(flags: Replay, config: RouterConfig) -> Plan:
         labels={AS_IT_IS: AS_IT_IS} if flags.url else policy_labels(policies),
         baseline=baseline,
         seeds=tuple(read_seeds(flags.seeds)),
-        slo_ttft=SloSpec.parse(flags.slo_ttft),
-        slo_tbt_s=flags.slo_tbt,
+        slo_ttft=config.ttft_slo() if flags.slo_ttft is None else SloSpec.parse(flags.slo_ttft),
+        slo_tbt_s=slo_tbt_s,
         warmup_s=flags.warmup,
     )
 
@@ -227,23 +220,24 @@ def _show(flags: Replay, plan: Plan, done: _Replayed, console: Console) -> None:
 
 def _comparison(plan: Plan, done: _Replayed) -> Table:
     """Predicted against measured, policy by policy, means over seeds."""
-    table = Table(title="Simulated beside live, and the simulator's error", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("\npolicy")
+    table.add_column("\n")
     for _, title, _ in COMPARED:
-        table.add_column(title + " live", justify="right")
-        table.add_column("\nsimulated", justify="right")
-        table.add_column("\nerror", justify="right")
+        table.add_column(title, justify="right")
     for policy in plan.policies:
-        cells = []
+        rows: list[list[str]] = [[], [], []]
         for name, _, scale in COMPARED:
             live, simulated = (_mean(plan, results, policy, name) * scale for results in (done.live, done.simulated))
-            if name == "slo_attainment":
-                error = f"{simulated - live:+.1f}"
-            else:
-                error = f"{(simulated / live - 1) * 100:+.1f} %" if live and math.isfinite(live) else "?"
             decimals = 1 if scale > 1 else 3
-            cells += [f"{live:.{decimals}f}", f"{simulated:.{decimals}f}", error]
-        table.add_row(plan.labels[policy], *cells)
+            rows[0].append(f"{live:.{decimals}f}")
+            rows[1].append(f"{simulated:.{decimals}f}")
+            if name == "slo_attainment":
+                rows[2].append(f"{simulated - live:+.1f} points")
+            else:
+                rows[2].append(f"{(simulated / live - 1) * 100:+.1f} %" if live and math.isfinite(live) else "?")
+        for what, row in zip(("live", "simulated", "error"), rows, strict=True):
+            table.add_row(plan.labels[policy] if what == "live" else "", what, *row, end_section=what == "error")
     return table
 
 
