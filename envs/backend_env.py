@@ -11,13 +11,14 @@ from gymnasium.spaces import Discrete
 from deflector.envs.accounts import Accounts, has_attained
 from deflector.envs.actions import DEFAULT_ACTION
 from deflector.envs.backend import Backend
+from deflector.envs.cluster import ClusterFacts
 from deflector.envs.deflection import DeflectionEnv, observation_space
 from deflector.envs.encoder import Encoder
 from deflector.envs.errors import InputError
 from deflector.envs.observation import Mask, Observation
 from deflector.envs.outcome import Column, Outcomes
 from deflector.envs.schema import Schema
-from deflector.envs.state import ClusterState, Request
+from deflector.envs.state import ClusterState, Request, StateRow
 
 
 def make_deflection(*, backend: Backend | None = None, **settings: Any) -> gymnasium.Env[Observation, np.int64]:
@@ -72,6 +73,7 @@ class BackendEnv(gymnasium.Env[Observation, np.int64]):
         self.observation_space = observation_space(self.schema)
         self.action_space = Discrete(self.schema.num_actions)
         self._encoder = Encoder(self.schema)
+        _make_ready(self._encoder, backend.facts)
         self._question: tuple[ClusterState, Request] | None = None
         self._mask: Mask = np.zeros(self.schema.num_actions, np.bool_)
         self._mask[DEFAULT_ACTION] = True
@@ -178,3 +180,13 @@ class BackendEnv(gymnasium.Env[Observation, np.int64]):
             "predicted_ttft_s": {"prefill_path": prefill_path_s, "decode_path": decode_path_s},
             "settled": settled,
         }
+
+
+def _make_ready(encoder: Encoder, facts: ClusterFacts) -> None:
+    """Has the encoder compiled before the first request waits for it."""
+    rows = np.zeros((len(StateRow), facts.num_nodes))
+    rows[StateRow.HEALTHY], rows[StateRow.STRICTEST_TBT_SLO_S] = 1.0, math.inf
+    state, request = ClusterState(0.0, rows, facts), Request(0, 0.0, 100, 10, 1.0, 0.1)
+    encoder.encode(state, request)
+    encoder.decision(state, request, DEFAULT_ACTION)
+    encoder.reset()

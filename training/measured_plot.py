@@ -34,13 +34,13 @@ def plot_fit(profile: StepTimeProfile, train: StepRecords, test: StepRecords, fo
     left.legend(title="bold: held out, pale: fitted", fontsize=8, title_fontsize=8)
     chunks = np.unique(np.geomspace(16, profile.valid.step_tokens, 40).astype(int)).astype(float)
     contexts = (0, 1024, 8192) if (profile.valid.context_tokens or 0) >= 8192 else (0, 1024)
-    for k, (context, batch) in enumerate([(context, batch) for batch in (1, 32) for context in contexts]):
+    for context, batch in ((context, batch) for batch in (1, 32) for context in contexts):
         kv_tokens = batch * 1024.0
         alone_ms = 1e3 * float(profile.step_time_s(0, 0, batch, kv_tokens))
         with_ms = 1e3 * profile.step_time_s(chunks, chunks * (context + chunks / 2), batch, kv_tokens)
         right.plot(
-            chunks, with_ms - alone_ms, color=COLORS[(5, 4, 3)[contexts.index(context)]], linestyle="-" if batch == 1 else "--",
-            label=f"context {context:,}, batch {batch}", linewidth=1.4 + 0.01 * k,
+            chunks, with_ms - alone_ms, color=COLORS[(5, 4, 3)[contexts.index(context)]],
+            linestyle="-" if batch == 1 else "--", label=f"context {context:,}, batch {batch}",
         )  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="Chunk (tokens)", ylabel="Added to the step (ms)")
     right.set_title("What a deflected chunk costs running streams", fontsize=10)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from deflector.live.profiler.experiments import FIRST, KINDS, Experiment, Limits
 MOST_STEPS_OF_A_KIND = 40
 """Kept of one experiment: a long stretch of like steps must not outweigh all else."""
 FIT_EVERY = 6
-REFERENCE_EVERY = 10
+REFERENCE_EVERY = 5
 """As often, one and the same load is measured again, to see whether the machine is still the same."""
+SHARES, LEAST_KV_TOKENS = 30, 4096
 MOST_DRIFT, MOST_NOISE = 0.15, 0.25
 Say = Callable[[str], None]
 
@@ -40,7 +41,9 @@ class Campaign:
         measured: All experiments so far, those of an earlier, interrupted campaign among them.
     """
 
-    def __init__(self, folder: Path, limits: Limits, facts: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self, folder: Path, limits: Limits, facts: dict[str, Any], seed: int, budget_s: float
+    ) -> None:  # fmt: skip
         """Takes up what the folder holds.
 
         Args:
@@ -48,23 +51,25 @@ class Campaign:
             limits: Of the engine.
             facts: Of the profile: name, model, gpu, engine, and so on, as `fit_profile` takes them.
             seed: Of the choice of experiments.
+            budget_s: For all experiments together; those that would take too much of it are made smaller.
 
         Raises:
             InputError: If the folder is of another campaign, or cannot be used.
         """
         self._limits, self._facts = limits, facts
-        self._planner = Planner(limits, seed)
+        self._seed, self._budget_s = seed, budget_s
+        self._planner: Planner | None = None
         self._errors: list[float | None] = []
         self.measured: list[Measured] = []
         self._path = folder / "experiments.jsonl"
-        self._take_up(folder, {"limits": asdict(limits), "seed": seed})
+        self._take_up(folder, {"limits": asdict(limits), "seed": seed, "budget_s": budget_s})
 
     def _take_up(self, folder: Path, about: dict[str, Any]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             about_path = folder / "campaign.json"
             if about_path.exists() and json.loads(about_path.read_text()) != about:
-                raise InputError(f"{folder} holds a campaign of another engine or seed: use another --folder")
+                raise InputError(f"{folder} holds a campaign of another engine or other flags: use another --folder")
             about_path.write_text(json.dumps(about))
             lines = self._path.read_text().splitlines() if self._path.exists() else []
         except (OSError, ValueError) as error:
@@ -75,27 +80,39 @@ class Campaign:
                 found = Measured(Experiment(**raw["experiment"]), raw["steps"], bool(raw["is_reference"]))
             except (ValueError, KeyError, TypeError):
                 break  # Cut off in the middle of writing: measured again.
-            if not found.is_reference:
+            if found.is_reference:
+                self._learn_speed(found)
+            elif self._planner is not None:
                 # Not only for its side effects: what follows must not depend on whether the campaign was interrupted.
                 self._planner.next(self._errors)
                 self._errors.append(None)
             self.measured.append(found)
         self._refit()
 
-    async def run(self, engine: EngineUnderTest, budget_s: float, watch: Callable[[float], None]) -> None:
+    def _learn_speed(self, reference: Measured) -> None:
+        """Plans by how fast the engine is: no experiment shall take more than its share of the time to set up."""
+        if self._planner is not None:
+            return
+        tokens = sum(chunk for step in reference.steps for _, chunk in step["chunks"])
+        seconds = sum(step_ms(step) for step in reference.steps if step["chunks"]) / 1e3
+        affordable = int(self._budget_s / SHARES * tokens / seconds)
+        kv_tokens = min(self._limits.kv_tokens, max(LEAST_KV_TOKENS, affordable))
+        self._planner = Planner(replace(self._limits, kv_tokens=kv_tokens), self._seed)
+
+    async def run(self, engine: EngineUnderTest, watch: Callable[[float], None]) -> None:
         """Measures until the budget is spent, but at least the first set.
 
         Args:
             engine: What to measure.
-            budget_s: For all experiments together.
             watch: Called with the seconds that have passed.
         """
         began_s = time.monotonic()
         done = sum(not one.is_reference for one in self.measured)
         with self._path.open("a") as file:
-            while time.monotonic() - began_s < budget_s or done < FIRST:
-                if len(self.measured) % REFERENCE_EVERY == 0:
+            while time.monotonic() - began_s < self._budget_s or done < FIRST:
+                if self._planner is None or len(self.measured) % REFERENCE_EVERY == 0:
                     await self._measure(engine, self._reference(), True, file)
+                    self._learn_speed(self.measured[-1])
                 else:
                     await self._measure(engine, self._planner.next(self._errors), False, file)
                     self._errors.append(None)

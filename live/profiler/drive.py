@@ -11,7 +11,7 @@ import numpy as np
 
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Status
-from deflector.live.profiler.experiments import DECODE_STEPS, Experiment, Limits
+from deflector.live.profiler.experiments import DECODE_STEPS, STREAM_TOKENS, Experiment, Limits
 from deflector.live.replay.client import Seen, Target, completion, send
 from deflector.live.replay.open_loop import TOKEN_IDS
 from deflector.live.router.clock import now_s
@@ -84,10 +84,10 @@ class EngineUnderTest:
             if all(len(one.event_s) >= (DECODE_STEPS if not experiment.chunk_tokens else 2) for one in streams):
                 steps.set()
 
-        endless = 4 * DECODE_STEPS + experiment.prompt_tokens
-        most = 64 + endless
         tasks = [
-            asyncio.create_task(send(self._target, self._body(experiment.context_tokens, most), {}, one, count))
+            asyncio.create_task(
+                send(self._target, self._body(experiment.context_tokens, STREAM_TOKENS), {}, one, count)
+            )
             for one in streams
         ]
         try:

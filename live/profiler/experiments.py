@@ -12,6 +12,8 @@ HELD_OUT_EVERY = 5
 FIRST = 25
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 64
 DECODE_STEPS = 24
+STREAM_TOKENS = 400
+"""Output of a stream that decodes beside a prompt: it must not end before the prompt has been prefilled."""
 MOST_CHUNKS = 24
 """Of one prompt: beyond, the next chunks tell little that is new."""
 PREFILL_ONLY, DECODE_ONLY, MIXED = "prefill", "decode", "mixed"
@@ -58,7 +60,7 @@ class Experiment:
     @property
     def tokens(self) -> int:
         """Of KV that it takes, roughly what it costs to set up."""
-        return self.batch * (self.context_tokens + DECODE_STEPS + MOST_CHUNKS) + self.prompt_tokens
+        return self.batch * (self.context_tokens + STREAM_TOKENS) + self.prompt_tokens
 
 
 def from_point(kind: str, point: Sequence[float], limits: Limits) -> Experiment:
@@ -66,13 +68,15 @@ def from_point(kind: str, point: Sequence[float], limits: Limits) -> Experiment:
     at_batch, at_context, at_chunk, at_length = (min(max(float(x), 0.0), 1.0) for x in point)
     batch = context = chunk = prompt = 0
     room = 0.8 * limits.kv_tokens
-    longest = limits.context_tokens - 2 * MOST_CHUNKS - DECODE_STEPS
+    longest = limits.context_tokens - STREAM_TOKENS
     if kind != PREFILL_ONLY:
-        batch = _between(1, min(limits.sequences - 1, int(room // (4 * SMALLEST_CONTEXT))), at_batch)
-        context = _between(SMALLEST_CONTEXT, max(SMALLEST_CONTEXT, min(longest, int(0.75 * room / batch))), at_context)
+        batch = _between(1, min(limits.sequences - 1, int(room // (SMALLEST_CONTEXT + STREAM_TOKENS))), at_batch)
+        context = _between(
+            SMALLEST_CONTEXT, max(SMALLEST_CONTEXT, min(longest, int(0.75 * room / batch) - STREAM_TOKENS)), at_context
+        )
     if kind != DECODE_ONLY:
         chunk = _between(SMALLEST_CHUNK, max(SMALLEST_CHUNK, limits.batched_tokens - batch), at_chunk)
-        left = min(longest, int(room - batch * (context + DECODE_STEPS + MOST_CHUNKS)))
+        left = min(longest, int(room - batch * (context + STREAM_TOKENS)))
         prompt = max(1, min(chunk * _between(1, MOST_CHUNKS, at_length), left))
         chunk = min(chunk, prompt)
     return Experiment(kind, batch, context, chunk, prompt)

@@ -1,6 +1,7 @@
 """An open loop: every request of a workload leaves at its time, however far behind the servers are."""
 
 import asyncio
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -55,47 +56,69 @@ def gap_percentile_s(gaps_s: FloatArray, percent: float) -> float:
     return float(np.percentile(gaps_s, percent, method="inverted_cdf")) if len(gaps_s) else math.nan
 
 
-async def play(target: Target, workload: Workload, *, seed: int, on_end: Callable[[], None] = lambda: None) -> LiveRun:
-    """Plays a workload to its end.
+class OpenLoop:
+    """Plays a workload once.
 
-    Args:
-        target: Where to.
-        workload: With SLOs, which go along as headers.
-        seed: Of the prompts. Engines cache the prefixes that they have seen: two runs on the same engines need two.
-        on_end: Called at each request's end.
+    Attributes:
+        began_s: Time 0 of the workload on `now_s`'s clock; nan before.
+        seen: What the client of each request has seen so far.
     """
-    bodies = make_bodies(target.model, workload, seed)
-    seen = [Seen() for _ in bodies]
-    began_s = now_s() + HEAD_START_S
-    stay_s = workload.abort_s - workload.arrival_s if len(workload.abort_s) else np.full(len(workload), np.inf)
 
-    async def one(k: int) -> None:
-        await asyncio.sleep(max(0.0, began_s + float(workload.arrival_s[k]) - now_s()))
-        try:
-            async with asyncio.timeout(float(stay_s[k]) if math.isfinite(stay_s[k]) else None):
-                await send(target, bodies[k], slo_headers(workload, k), seen[k])
-        except TimeoutError:
-            pass  # It has left, as the workload says.
-        on_end()
+    def __init__(self, target: Target, workload: Workload, *, seed: int, name: str = "replay") -> None:
+        """Makes every request's body beforehand.
 
-    async with asyncio.TaskGroup() as group:
-        for k in range(len(bodies)):
-            group.create_task(one(k))
-    late_s = np.array([one.sent_s for one in seen]) - began_s - workload.arrival_s
-    return live_run(workload, seen, late_s)
+        Args:
+            target: Where to.
+            workload: With SLOs, which go along as headers.
+            seed: Of the prompts. Engines cache the prefixes that they have seen: two runs on the same engines need two.
+            name: The k-th request's id is NAME-K.
+        """
+        self._target, self._workload, self._name = target, workload, name
+        self._bodies = make_bodies(target.model, workload, seed)
+        self._table = np.full((len(workload), NUM_COLUMNS), np.nan)
+        self._table[:, Column.STATUS] = Status.UNFINISHED
+        self._open = set(range(len(workload)))
+        self.began_s = math.nan
+        self.seen = [Seen() for _ in self._bodies]
 
+    async def run(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """Sends every request at its time, and waits for all ends; each end is told."""
+        load = self._workload
+        self.began_s = now_s() + HEAD_START_S
+        stay_s = load.abort_s - load.arrival_s if len(load.abort_s) else np.full(len(load), np.inf)
 
-def live_run(workload: Workload, seen: Sequence[Seen], late_s: FloatArray) -> LiveRun:
-    """What so many clients have seen, put together."""
-    table = np.full((len(seen), NUM_COLUMNS), np.nan)
-    for row, arrival_s, one, output_tokens in zip(table, workload.arrival_s, seen, workload.output_tokens, strict=True):
-        fill_row(row, float(arrival_s), one, int(output_tokens))
-    return LiveRun(
-        Outcomes(workload.arrival_s, workload.ttft_slo_s, workload.tbt_slo_s, table),
-        tuple(np.diff(one.event_s) for one in seen),
-        late_s,
-        Counter(one.problem for one in seen if one.problem),
-    )
+        async def one(k: int) -> None:
+            await asyncio.sleep(max(0.0, self.began_s + float(load.arrival_s[k]) - now_s()))
+            headers = slo_headers(load, k) | {"x-request-id": f"{self._name}-{k}"}
+            with contextlib.suppress(TimeoutError):  # It has left, as the workload says.
+                async with asyncio.timeout(float(stay_s[k]) if math.isfinite(stay_s[k]) else None):
+                    await send(self._target, self._bodies[k], headers, self.seen[k])
+            on_end()
+
+        async with asyncio.TaskGroup() as group:
+            for k in range(len(load)):
+                group.create_task(one(k))
+
+    def outcomes(self) -> Outcomes:
+        """What is known by now, first tokens of those that still run among it; another thread may ask."""
+        load = self._workload
+        for k in list(self._open):
+            one = self.seen[k]
+            if math.isnan(one.sent_s):
+                continue
+            fill_row(self._table[k], float(load.arrival_s[k]), one, int(load.output_tokens[k]))
+            if one.status != Status.UNFINISHED:
+                self._open.discard(k)
+        return Outcomes(load.arrival_s, load.ttft_slo_s, load.tbt_slo_s, self._table)
+
+    def result(self) -> LiveRun:
+        """What became of it."""
+        return LiveRun(
+            self.outcomes(),
+            tuple(np.diff(one.event_s) for one in self.seen),
+            np.array([one.sent_s for one in self.seen]) - self.began_s - self._workload.arrival_s,
+            Counter(one.problem for one in self.seen if one.problem),
+        )
 
 
 def fill_row(row: FloatArray, arrival_s: float, seen: Seen, output_tokens: int) -> None:

@@ -109,7 +109,7 @@ class Relay:
     async def _try_nodes(self, http: web.BaseRequest, journey: Journey) -> tuple[web.StreamResponse, str]:
         """The answer, and what became of the request, in a word."""
         for attempt in range(1, self._attempts + 1):
-            decision = self._decide(journey, attempt)
+            decision = await self._decide(journey, attempt)
             if decision.path == Path.REJECT:
                 break
             nodes = self._fleet.nodes
@@ -127,12 +127,12 @@ class Relay:
                 flight.end()
         raise _nobody_left(journey)
 
-    def _decide(self, journey: Journey, attempt: int) -> Decision:
+    async def _decide(self, journey: Journey, attempt: int) -> Decision:
         nodes = self._fleet.nodes
         time_s = now_s()
         excluded = [k for k, node in enumerate(nodes) if node in journey.excluded]
         routed = journey.routed if attempt == 1 else replace(journey.routed, arrival_s=time_s)
-        answer = self._policy.decide(routed, excluded)
+        answer = await self._policy.decide(routed, excluded, journey.client.request_id)
         decision, handoff = answer.decision, journey.handoff
         if handoff is not None and decision.path != Path.REJECT:
             fresh = time_s - handoff.made_s < KV_KEPT_S and handoff.source in nodes

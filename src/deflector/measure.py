@@ -83,10 +83,10 @@ async def _measure(flags: Measure, config: RouterConfig, progress: Progress) -> 
         engine = EngineUnderTest(target, now_seed())
         limits = await engine.limits()
         facts = await _facts(flags, target, decode, limits.kv_tokens)
-        campaign = Campaign(Path(flags.folder or f"{flags.name}.campaign"), limits, facts, flags.seed)
         budget_s = flags.minutes * 60
+        campaign = Campaign(Path(flags.folder or f"{flags.name}.campaign"), limits, facts, flags.seed, budget_s)
         progress.begin(f"measuring {target.url}, {len(campaign.measured)} experiments so far", total=int(budget_s))
-        await campaign.run(engine, budget_s, _seconds(progress))
+        await campaign.run(engine, _seconds(progress))
         profile = campaign.fit()
         link = None
         if flags.link and prefill is not None:
@@ -146,7 +146,6 @@ def _write_endpoints(target: Path, source: Path, profile: Path, found: _Found) -
         if found.link is not None:
             node["link"] = found.link.text
     partial = target.with_suffix(target.suffix + ".partial")
-    partial.write_text(
-        f"# {source.name} with what deflector profile measure has found\n{yaml.safe_dump(raw, sort_keys=False)}"
-    )
+    text = yaml.safe_dump(raw, sort_keys=False)
+    partial.write_text(f"# {source.name} with what deflector profile measure has found\n{text}")
     partial.replace(target)

@@ -29,7 +29,7 @@ from deflector.envs.written import write_json
 from deflector.live.replay.client import find_target, new_session
 from deflector.live.replay.cluster_file import find_cluster
 from deflector.live.replay.flags import Replay
-from deflector.live.replay.open_loop import LiveRun, play
+from deflector.live.replay.open_loop import LiveRun, OpenLoop
 from deflector.live.replay.router_process import serving
 from deflector.live.router.config import RouterConfig, cluster_of
 from deflector.policies.policy import policy_key
@@ -203,7 +203,9 @@ async def _play(url: str, flags: Replay, requests: Workload, prompts: int, watch
 
     async with new_session(flags.timeout) as session:
         target = await find_target(session, url, flags.api_key)
-        return await play(target, requests, seed=prompts, on_end=one_more)
+        loop = OpenLoop(target, requests, seed=prompts)
+        await loop.run(one_more)
+        return loop.result()
 
 
 def _show(flags: Replay, plan: Plan, done: _Replayed, console: Console) -> None:
