@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,7 @@ class Campaign:
         tokens = sum(chunk for step in reference.steps for _, chunk in step["chunks"])
         seconds = sum(step_ms(step) for step in reference.steps if step["chunks"]) / 1e3
         affordable = int(self._budget_s / SHARES * tokens / seconds)
-        kv_tokens = min(self._limits.kv_tokens, max(LEAST_KV_TOKENS, affordable))
-        self._planner = Planner(replace(self._limits, kv_tokens=kv_tokens), self._seed)
+        self._planner = Planner(self._limits, max(LEAST_KV_TOKENS, affordable), self._seed)
 
     async def run(self, engine: EngineUnderTest, watch: Callable[[float], None]) -> None:
         """Measures until the budget is spent, but at least the first set.

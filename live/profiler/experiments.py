@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import qmc
@@ -18,6 +18,7 @@ MOST_CHUNKS = 24
 """Of one prompt: beyond, the next chunks tell little that is new."""
 PREFILL_ONLY, DECODE_ONLY, MIXED = "prefill", "decode", "mixed"
 KINDS = (PREFILL_ONLY, DECODE_ONLY, MIXED)
+MORE_KV = 5
 NEAR = 0.35
 """How far from a poorly fitted experiment another one is tried, as a share of each axis."""
 
@@ -89,9 +90,16 @@ def _between(least: int, most: int, share: float) -> int:
 class Planner:
     """Chooses experiments one after the other, the same ones for the same seed and results."""
 
-    def __init__(self, limits: Limits, seed: int) -> None:
-        """Begins with points that spread evenly (Sobol's sequence, scrambled)."""
-        self._limits = limits
+    def __init__(self, limits: Limits, affordable_tokens: int, seed: int) -> None:
+        """Begins with points that spread evenly (Sobol's sequence, scrambled).
+
+        Args:
+            limits: Of the engine.
+            affordable_tokens: KV tokens that an experiment may take without taking too much time; every third one may
+                take MORE_KV times as many, since large batches have to be seen, too.
+            seed: Of all choices.
+        """
+        self._limits, self._affordable_tokens = limits, affordable_tokens
         self._spread = qmc.Sobol(4, rng=np.random.default_rng(seed))
         self._rng = np.random.default_rng((seed, 1))
         self._points: list[tuple[str, list[float]]] = []
@@ -113,7 +121,8 @@ class Planner:
         else:
             kind, point = KINDS[number % len(KINDS)], self._spread.random(1)[0].tolist()
         self._points.append((kind, point))
-        return from_point(kind, point, self._limits)
+        affordable = self._affordable_tokens * (MORE_KV if number % 6 in (1, 2) else 1)
+        return from_point(kind, point, replace(self._limits, kv_tokens=min(self._limits.kv_tokens, affordable)))
 
     @staticmethod
     def is_held_out(number: int) -> bool:

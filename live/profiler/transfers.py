@@ -9,6 +9,7 @@ from scipy.stats import theilslopes
 
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Status
+from deflector.envs.step_time import StepTimeProfile
 from deflector.live.profiler.experiments import Limits
 from deflector.live.replay.client import Seen, Target, completion, prefill, send
 from deflector.live.replay.open_loop import TOKEN_IDS
@@ -25,21 +26,24 @@ class LinkFit:
     Attributes:
         gb_per_s: Speed; the highest that can be told, where longer transfers took no longer.
         setup_s: Of a transfer, however short.
+        front_s: What both engines' servers add to a request that goes through them, steps aside. The simulator has no
+            servers: to it, this is a part of the set-up.
         points: (prompt tokens, seconds beyond a prompt that needs no transfer) of each transfer.
     """
 
     gb_per_s: float
     setup_s: float
+    front_s: float
     points: tuple[tuple[int, float], ...]
 
     @property
     def text(self) -> str:
         """As cluster files name links."""
-        return f"{self.gb_per_s:.4g}+{self.setup_s * 1e3:.3g}ms"
+        return f"{self.gb_per_s:.4g}+{(self.setup_s + self.front_s) * 1e3:.3g}ms"
 
 
 async def measure_link(
-    source: Target, target: Target, limits: Limits, kv_bytes_per_token: float, seed: int, watch: Callable[[int], None]
+    source: Target, target: Target, limits: Limits, profile: StepTimeProfile, seed: int, watch: Callable[[int], None]
 ) -> LinkFit:
     """Moves prompts from one engine to the other, both idle otherwise.
 
@@ -54,6 +58,8 @@ async def measure_link(
     lengths = np.unique(np.geomspace(SHORTEST, max(SHORTEST + 1, longest), LENGTHS).astype(int)).tolist()
     await _moved_s(source, target, rng.integers(*TOKEN_IDS, size=SHORTEST).tolist())  # Makes the two acquainted.
     base_s = float(np.median([await _local_s(target, rng) for _ in range(REPEATS)]))
+    source_s = float(np.median([await _local_s(source, rng) for _ in range(REPEATS)]))
+    front_s = max(0.0, base_s + source_s - 2 * float(profile.step_time_s(1, 0.5, 0, 0)))
     points = []
     for turn in range(REPEATS):
         for number, length in enumerate(lengths):
@@ -62,8 +68,8 @@ async def measure_link(
             watch(turn * len(lengths) + number + 1)
     tokens, seconds = np.array(points, dtype=float).T
     slope, intercept, *_ = theilslopes(seconds, tokens)
-    s_per_byte = max(slope / kv_bytes_per_token, 1 / (MOST_GB_PER_S * 1e9))
-    return LinkFit(1e-9 / s_per_byte, max(0.0, float(intercept)), tuple(points))
+    s_per_byte = max(slope / profile.kv_bytes_per_token, 1 / (MOST_GB_PER_S * 1e9))
+    return LinkFit(1e-9 / s_per_byte, max(0.0, float(intercept)), front_s, tuple(points))
 
 
 async def _local_s(target: Target, rng: np.random.Generator) -> float:

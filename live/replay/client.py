@@ -55,12 +55,14 @@ class Target:
         url: Of a router or an engine.
         model: As it calls what it serves.
         headers: Sent with every request, such as a key.
+        longest_tokens: Of prompt and output together; None if it does not say.
     """
 
     session: aiohttp.ClientSession
     url: str
     model: str
     headers: dict[str, str]
+    longest_tokens: int | None = None
 
 
 def new_session(timeout_s: float) -> aiohttp.ClientSession:
@@ -85,10 +87,12 @@ async def find_target(session: aiohttp.ClientSession, url: str, api_key: str | N
             data = await answer.read()
             if answer.status != 200:
                 raise InputError(f"{url}{MODELS} answers {answer.status}: {_in_short(data)}")
-        return Target(session, url, str(json.loads(data)["data"][0]["id"]), headers)
+        model = json.loads(data)["data"][0]
+        longest = model.get("max_model_len")
+        return Target(session, url, str(model["id"]), headers, longest if isinstance(longest, int) else None)
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise InputError(f"{url}: no server can be reached there: {error or type(error).__name__}") from None
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, AttributeError):
         raise InputError(f"{url}{MODELS} names no model: is it a router or an engine?") from None
 
 

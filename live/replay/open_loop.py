@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from deflector.envs.errors import InputError
 from deflector.envs.outcome import NUM_COLUMNS, Column, Outcomes, Status
 from deflector.envs.workload import Workload
 from deflector.live.replay.client import Seen, Target, completion, send
@@ -72,7 +73,16 @@ class OpenLoop:
             workload: With SLOs, which go along as headers.
             seed: Of the prompts. Engines cache the prefixes that they have seen: two runs on the same engines need two.
             name: The k-th request's id is NAME-K.
+
+        Raises:
+            InputError: If a request is longer than the model takes.
         """
+        longest = int((workload.prompt_tokens + workload.output_tokens).max(initial=0))
+        if target.longest_tokens is not None and longest > target.longest_tokens:
+            raise InputError(
+                f"{target.model} takes {target.longest_tokens} tokens, and a request has {longest}: use another "
+                "workload or trace, or engines with a larger --max-model-len"
+            )
         self._target, self._workload, self._name = target, workload, name
         self._bodies = make_bodies(target.model, workload, seed)
         self._table = np.full((len(workload), NUM_COLUMNS), np.nan)

@@ -58,7 +58,9 @@ def run_measure(flags: Measure, console: Console) -> None:
     console.print(f"Profile: {target}", highlight=False, soft_wrap=True)
     if found.link is not None:
         console.print(
-            f"Link: {found.link.gb_per_s:.3g} GB/s and {found.link.setup_s * 1e3:.3g} ms per transfer", highlight=False
+            f"Link: {found.link.gb_per_s:.3g} GB/s and {found.link.setup_s * 1e3:.3g} ms per transfer, "
+            f"{found.link.front_s * 1e3:.3g} ms in the engines' servers",
+            highlight=False,
         )
     if flags.endpoints is not None:
         _write_endpoints(Path(flags.endpoints), path, Path(target), found)
@@ -92,7 +94,7 @@ async def _measure(flags: Measure, config: RouterConfig, progress: Progress) -> 
         if flags.link and prefill is not None:
             progress.begin("measuring transfers", total=30)
             source = await _target(session, prefill)
-            link = await measure_link(source, target, limits, profile.kv_bytes_per_token, now_seed(), progress.advance)
+            link = await measure_link(source, target, limits, profile, now_seed(), progress.advance)
     return _Found(campaign, profile, link)
 
 
