@@ -1,7 +1,7 @@
 """Measures a link: prompts of several lengths prefilled on one engine and pulled by another."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ async def measure_link(
     """Moves prompts from one engine to the other, both idle otherwise.
 
     The time of a transfer is that from the request at the decode engine to its token, less that of a prompt of one
-    token at the same engine: the way through its server and its one step. Median slope (Theil-Sen) over lengths.
+    token at the same engine: the way through its server and its one step.
 
     Raises:
         InputError: If no KV moves.
@@ -66,9 +66,14 @@ async def measure_link(
             moved_s = await _moved_s(source, target, rng.integers(*TOKEN_IDS, size=length).tolist())
             points.append((int(length), moved_s - base_s))
             watch(turn * len(lengths) + number + 1)
+    return fit_link(points, front_s, profile.kv_bytes_per_token)
+
+
+def fit_link(points: Sequence[tuple[int, float]], front_s: float, kv_bytes_per_token: float) -> LinkFit:
+    """The line through (prompt tokens, seconds) of transfers that half of all pairs lie above, half below."""
     tokens, seconds = np.array(points, dtype=float).T
     slope, intercept, *_ = theilslopes(seconds, tokens)
-    s_per_byte = max(slope / profile.kv_bytes_per_token, 1 / (MOST_GB_PER_S * 1e9))
+    s_per_byte = max(float(slope) / kv_bytes_per_token, 1 / (MOST_GB_PER_S * 1e9))
     return LinkFit(1e-9 / s_per_byte, max(0.0, float(intercept)), front_s, tuple(points))
 
 

@@ -8,7 +8,6 @@ position alone, so that every path to them gives the same ones.
 import time
 import zlib
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,13 @@ from deflector.envs.step_time import DEFAULT_PROFILE, load_profile
 from deflector.live.vllm_plugin.emulated_model import VOCABULARY
 from deflector.live.vllm_plugin.emulated_wire import Wire
 from deflector.live.vllm_plugin.engine_settings import read_settings
+from deflector.live.vllm_plugin.slowdown_file import SlowdownFile
 
 FIRST_TOKEN = 3
 """Below are the special tokens of the emulated vocabulary."""
 BACK_TO_BACK_S = 0.004
 """A step that is given this soon after the last one ended begins where that ended: a GPU's queue hides the host."""
 POLL_S = 0.001
-READ_EVERY_S = 1.0
 
 logger = init_logger(__name__)
 
@@ -62,26 +61,6 @@ class _TimedFuture(Future[Any]):
         if left_s > 0:
             time.sleep(left_s)
         return super().result(timeout)
-
-
-class SlowdownFile:
-    """One more factor on all steps, from a file that somebody may write while the engine runs."""
-
-    def __init__(self, path: str | None) -> None:
-        """1 where there is no file."""
-        self._path = path
-        self._factor, self._read_s = 1.0, -READ_EVERY_S
-
-    def factor(self, now_s: float) -> float:
-        """As the file says, read at most once a second; 1 if it says nothing sensible."""
-        if self._path is not None and now_s - self._read_s >= READ_EVERY_S:
-            self._read_s = now_s
-            try:
-                factor = float(Path(self._path).read_text())
-            except (OSError, ValueError):
-                factor = 1.0
-            self._factor = factor if 0.01 <= factor <= 100 else 1.0
-        return self._factor
 
 
 class EmulatedExecutor(Executor):
