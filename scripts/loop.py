@@ -63,8 +63,8 @@ def main() -> None:
     flags = read_flags()
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
-    slowdown = ["--slowdown", flags.slowdown] if flags.slowdown else []
-    deflector("cluster", "up", "--kind", flags.kind, *slowdown, "--step-log", "--name", "loop", flags.cluster)
+    pace = ["--layers", "16"] if flags.kind == "cpu" else ["--slowdown", flags.slowdown] if flags.slowdown else []
+    deflector("cluster", "up", "--kind", flags.kind, *pace, "--step-log", "--name", "loop", flags.cluster)
     try:
         endpoints, profile = out / "endpoints.yaml", out / "profile.json"
         deflector(

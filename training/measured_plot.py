@@ -10,6 +10,7 @@ from deflector.envs.profile_fit import StepRecords
 from deflector.envs.step_time import StepTimeProfile
 from deflector.training.plot_style import COLORS, MARKERS
 
+LEAST_MS = 0.5
 REGIONS = ("prefill only", "decode only", "prefill beside decodes")
 
 
@@ -55,10 +56,13 @@ def plot_link(
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     tokens, seconds = np.array(points, dtype=float).T
-    axes.scatter(tokens, seconds * 1e3, s=14, color=COLORS[4], label="measured")
-    line = np.array([tokens.min(), tokens.max()])
+    # Now and then a transfer stalls for seconds: a linear axis would show nothing else.
+    axes.scatter(tokens, np.maximum(seconds * 1e3, LEAST_MS), s=14, color=COLORS[4], label="measured")
+    line = np.geomspace(tokens.min(), tokens.max(), 50)
     axes.plot(line, 1e3 * (setup_s + line * kv_bytes_per_token / (gb_per_s * 1e9)), color=COLORS[5], label="fitted")
-    axes.set(xlabel="Prompt (tokens)", ylabel="Transfer (ms)")
+    axes.set(
+        xscale="log", yscale="log", xlabel="Prompt (tokens)", ylabel=f"Transfer (ms; {LEAST_MS:g} is that or less)"
+    )
     axes.set_title(f"KV link: {gb_per_s:.3g} GB/s and {setup_s * 1e3:.3g} ms each", fontsize=10)
     axes.legend()
     return _save(figure, folder / "link.png")

@@ -27,11 +27,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An experiment and its steps."""
+    """An experiment, its steps, and the seconds that it took."""
 
     experiment: Experiment
     steps: list[Step]
     is_reference: bool
+    took_s: float = 0.0
 
 
 class Campaign:
@@ -77,7 +78,9 @@ class Campaign:
         for line in lines:
             try:
                 raw = json.loads(line)
-                found = Measured(Experiment(**raw["experiment"]), raw["steps"], bool(raw["is_reference"]))
+                found = Measured(
+                    Experiment(**raw["experiment"]), raw["steps"], bool(raw["is_reference"]), float(raw["took_s"])
+                )
             except (ValueError, KeyError, TypeError):
                 break  # Cut off in the middle of writing: measured again.
             if found.is_reference:
@@ -99,16 +102,16 @@ class Campaign:
         self._planner = Planner(self._limits, max(LEAST_KV_TOKENS, affordable), self._seed)
 
     async def run(self, engine: EngineUnderTest, watch: Callable[[float], None]) -> None:
-        """Measures until the budget is spent, but at least the first set.
+        """Measures until the budget is spent, by earlier campaigns in this folder too, but at least the first set.
 
         Args:
             engine: What to measure.
             watch: Called with the seconds that have passed.
         """
-        began_s = time.monotonic()
+        spent_s = sum(one.took_s for one in self.measured)
         done = sum(not one.is_reference for one in self.measured)
         with self._path.open("a") as file:
-            while time.monotonic() - began_s < self._budget_s or done < FIRST:
+            while spent_s < self._budget_s or done < FIRST:
                 if self._planner is None or len(self.measured) % REFERENCE_EVERY == 0:
                     await self._measure(engine, self._reference(), True, file)
                     self._learn_speed(self.measured[-1])
@@ -118,13 +121,14 @@ class Campaign:
                     done += 1
                     if done % FIT_EVERY == 0:
                         self._refit()
-                watch(time.monotonic() - began_s)
+                spent_s += self.measured[-1].took_s
+                watch(spent_s)
 
     async def _measure(self, engine: EngineUnderTest, experiment: Experiment, is_reference: bool, file: Any) -> None:
-        found = Measured(experiment, await engine.run(experiment), is_reference)
+        began_s = time.monotonic()
+        found = Measured(experiment, await engine.run(experiment), is_reference, time.monotonic() - began_s)
         self.measured.append(found)
-        file.write(json.dumps({"experiment": asdict(experiment), "steps": found.steps, "is_reference": is_reference}))
-        file.write("\n")
+        file.write(json.dumps(asdict(found)) + "\n")
         file.flush()
 
     def _reference(self) -> Experiment:

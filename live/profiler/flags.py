@@ -14,10 +14,10 @@ _TEXT = {"help_behavior_hint": ""}
 class Measure:
     """Measure a running engine's step times and its link, and write the profile.
 
-    Drives one decode engine of a cluster over chunks, contexts, batches and KV through its public API, and reads the
-    plugin's step log; a fifth of the experiments is kept to judge the fit by, and later ones go where it is poor. Then
-    prompts are moved from a prefill engine to it, for the link's speed and set-up time. The engines must record their
-    steps (deflector cluster up --step-log), and nobody else may use them meanwhile.
+    Drives the engine with the largest token budget over chunks, contexts, batches and KV through its public API, and
+    reads the plugin's step log; a fifth of the experiments is kept to judge the fit by, and later ones go where it is
+    poor. Then prompts are moved from a prefill to a decode engine, for the link's speed and set-up time. The engines
+    must record their steps (deflector cluster up --step-log), and nobody else may use them meanwhile.
 
     What is measured is kept in --folder as it comes: the same command goes on where it was stopped.
 

@@ -15,7 +15,8 @@ from deflector.live.replay.client import Seen, Target, completion, prefill, send
 from deflector.live.replay.open_loop import TOKEN_IDS
 
 LENGTHS, REPEATS = 6, 5
-SHORTEST = 64
+SHORTEST, LONGEST_PREFILL_S = 64, 2.0
+"""Prompts that take longer to prefill would take up all the time, and tell little more."""
 MOST_GB_PER_S = 1000.0
 
 
@@ -55,7 +56,9 @@ async def measure_link(
     """
     rng = np.random.default_rng(seed)
     longest = min(limits.context_tokens - 16, limits.kv_tokens // 2)
-    lengths = np.unique(np.geomspace(SHORTEST, max(SHORTEST + 1, longest), LENGTHS).astype(int)).tolist()
+    lengths = np.unique(np.geomspace(SHORTEST, max(SHORTEST + 1, longest), 64).astype(int))
+    quick = lengths[profile.isolated_prefill_s(lengths, limits.batched_tokens) <= LONGEST_PREFILL_S]
+    lengths = np.unique(np.geomspace(SHORTEST, max(quick, default=2 * SHORTEST), LENGTHS).astype(int)).tolist()
     await _moved_s(source, target, rng.integers(*TOKEN_IDS, size=SHORTEST).tolist())  # Makes the two acquainted.
     base_s = float(np.median([await _local_s(target, rng) for _ in range(REPEATS)]))
     source_s = float(np.median([await _local_s(source, rng) for _ in range(REPEATS)]))

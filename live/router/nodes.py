@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from yarl import URL
 
 from deflector.live.router.config import LiveNode
+from deflector.live.router.http_client import Address
 
 FAILURES_TO_OPEN = 3
 FIRST_PAUSE_S = 1.0
@@ -142,6 +143,7 @@ class Node:
         parts = urlsplit(spec.url)
         self.spec = spec
         self.name = parts.netloc
+        self.address = Address(spec.url)
         self._urls: dict[str, URL] = {}
         self.breaker = Breaker()
         self.alive, self.draining, self.removed = True, False, False

@@ -212,10 +212,10 @@ class Relay:
             predicted_s = self._fleet.isolated_prefill_s(client.prompt_tokens)
         timer = asyncio.get_running_loop().call_later(predicted_s, flight.first_token)
         try:
-            async with self._engines.leg(target, self._timeouts.answer_s) as leg:
+            async with self._engines.leg(target, self._timeouts.answer_s):
                 response = await self._engines.send(target, client.path, body, client.headers)
                 try:
-                    data = await self._engines.whole(target, response, leg)
+                    data = await self._engines.whole(target, response)
                 finally:
                     response.release()
         finally:
@@ -233,7 +233,7 @@ class Relay:
         async with self._engines.leg(target, self._timeouts.first_byte_s) as leg:
             response = await self._engines.send(target, client.path, body, client.headers)
             try:
-                events = EventStream(target, response.content, self._answer_bytes)
+                events = EventStream(target, response, self._answer_bytes)
                 first = await events.first()
                 flight.first_token()
                 target.breaker.abandoned()

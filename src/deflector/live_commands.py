@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run_serve(flags: Serve, console: Console) -> None:
     """Carries out `deflector serve`."""
-    _need("serve", "aiohttp", "orjson", "prometheus_client", "uvloop")
+    _need("serve", "aiohttp", "httptools", "orjson", "prometheus_client", "uvloop")
     from deflector.live.router.config import checked_config, read_config
     from deflector.live.router.flags import merged
     from deflector.live.router.serve import say_to_stderr, serve
@@ -40,7 +40,7 @@ def run_cluster(flags: Cluster, console: Console) -> None:
 
 def run_replay(flags: Replay, console: Console) -> None:
     """Carries out `deflector replay`."""
-    _need("replay", "aiohttp", "orjson", "prometheus_client", "uvloop")
+    _need("replay", "aiohttp", "httptools", "orjson", "prometheus_client", "uvloop")
     from deflector.replay import run_replay
 
     run_replay(flags, console)

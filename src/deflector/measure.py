@@ -82,12 +82,18 @@ async def _measure(flags: Measure, config: RouterConfig, progress: Progress) -> 
     prefill = next((node for node in config.nodes if node.role != "decode" and node is not decode), None)
     async with new_session(REQUEST_S) as session:
         target = await _target(session, decode)
-        engine = EngineUnderTest(target, now_seed())
+        # All engines have one profile: it is measured where steps are largest.
+        largest = max(
+            [node for node in (decode, prefill) if node is not None],
+            key=lambda node: node.max_num_batched_tokens or 0,
+        )
+        tested = await _target(session, largest)
+        engine = EngineUnderTest(tested, now_seed())
         limits = await engine.limits()
-        facts = await _facts(flags, target, decode, limits.kv_tokens)
+        facts = await _facts(flags, tested, largest, limits.kv_tokens)
         budget_s = flags.minutes * 60
         campaign = Campaign(Path(flags.folder or f"{flags.name}.campaign"), limits, facts, flags.seed, budget_s)
-        progress.begin(f"measuring {target.url}, {len(campaign.measured)} experiments so far", total=int(budget_s))
+        progress.begin(f"measuring {tested.url}, {len(campaign.measured)} experiments so far", total=int(budget_s))
         await campaign.run(engine, _seconds(progress))
         profile = campaign.fit()
         link = None
