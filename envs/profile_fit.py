@@ -218,7 +218,10 @@ def fit_profile(
         train, test = records.take(~held_out), records.take(held_out)
         where = str(steps)
     note = f"{provenance_note} Fitted to {len(train.q)} steps, judged on {len(test.q)} others.".strip()
-    kv_tokens, tokens = int(train.kv_tokens.max()), int((train.chunk_tokens + train.batch).max())
+    parts = [part for part in (train, test) if len(part.q)]
+    kv_tokens = int(max(part.kv_tokens.max() for part in parts))
+    tokens = int(max((part.chunk_tokens + part.batch).max() for part in parts))
+    longest = max(part.longest_context_tokens for part in parts)
     facts: dict[str, object] = {
         "name": name,
         "model": model,
@@ -227,9 +230,7 @@ def fit_profile(
         "engine": engine,
         "provenance": provenance,
         "provenance_note": note,
-        "valid": ValidRange(
-            step_tokens=tokens, context_tokens=train.longest_context_tokens or None, kv_tokens=kv_tokens or None
-        ),
+        "valid": ValidRange(step_tokens=tokens, context_tokens=longest or None, kv_tokens=kv_tokens or None),
         "kv_bytes_per_token": float(kv_bytes_per_token),
         "kv_tokens_capacity": kv_tokens_capacity,
         "block_size": block_size,

@@ -68,7 +68,7 @@ def main() -> None:
     try:
         endpoints, profile = out / "endpoints.yaml", out / "profile.json"
         deflector(
-            "profile", "measure", "loop", "--name", "loop", "--minutes", str(flags.minutes), "--folder",
+            "profile", "measure", "loop", "--company", "--name", "loop", "--minutes", str(flags.minutes), "--folder",
             str(out / "campaign"), "--json", str(profile), "--endpoints", str(endpoints), "--plots", str(out / "plots"),
         )  # fmt: skip
         cluster, slos = write_cluster(out, endpoints)

@@ -91,6 +91,17 @@ def answers(*answered: bytes) -> Serve:
     return serve
 
 
+def saying(data: bytes) -> Server:
+    """A server that answers one request so, and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        await server.request(reader)
+        writer.write(data)
+
+    server = Server(serve)
+    return server
+
+
 def test_request_leaves_whole_with_its_headers_and_path() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         assert await server.request(reader) == b"body"
@@ -146,14 +157,21 @@ def test_connection_is_kept_for_the_next_request_once_its_answer_has_been_read()
                 answer.release()
                 answer.release()  # Twice is once.
             assert server.connections == 1
-            first, second = await asyncio.gather(server.post(), server.post())  # Never two at once on one connection.
-            assert first is not second
 
-    async def patient() -> None:
-        await test()
+    run(test)
 
-    with pytest.raises((BrokenOff, BaseExceptionGroup)):  # The kept one has no fourth answer for us.
-        run(patient)
+
+def test_two_requests_at_once_never_share_a_connection() -> None:
+    async def test() -> None:
+        async with Server(answers(WHOLE, WHOLE)) as server:
+            for _ in range(2):
+                both = await asyncio.gather(server.post(), server.post())
+                assert [await read_all(answer) for answer in both] == [b"ok", b"ok"]
+                for answer in both:
+                    answer.release()
+            assert server.connections == 2
+
+    run(test)
 
 
 @pytest.mark.parametrize(
@@ -250,11 +268,7 @@ def test_interim_answers_are_not_the_answer() -> None:
     ],
 )
 def test_what_is_no_answer_is_told(data: bytes) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-        await server.request(reader)
-        writer.write(data)
-
-    server = Server(serve)
+    server = saying(data)
 
     async def test() -> None:
         async with server:
@@ -273,11 +287,7 @@ def test_what_is_no_answer_is_told(data: bytes) -> None:
     ],
 )
 def test_body_that_breaks_off_is_told_after_what_has_come(data: bytes) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-        await server.request(reader)
-        writer.write(data)
-
-    server = Server(serve)
+    server = saying(data)
 
     async def test() -> None:
         async with server:
@@ -292,7 +302,7 @@ def test_nobody_there_is_told_apart() -> None:
     async def test() -> None:
         async with Server(answers()) as server:
             pass
-        with pytest.raises(CannotConnect, match="refused"):
+        with pytest.raises(CannotConnect):
             await Connections(2.0).post(server.address, "/", b"", {})
 
     run(test)
@@ -345,7 +355,7 @@ def test_who_reads_slowly_slows_the_engine_down() -> None:
                 await writer.drain()
         await reader.read()
 
-    total = 64 << 20
+    total = 24 << 20
     server, stuck = Server(serve), asyncio.Event()
 
     async def test() -> None:

@@ -43,6 +43,9 @@ class Measure:
         float | None, arg(metavar="X", help_behavior_hint="(default: from the model's config.json)")
     ] = None
     """Bytes of KV cache per token, over all tensor-parallel ranks."""
+    company: bool = False
+    """Keep the cluster's other engines busy meanwhile: where engines share a machine's cores, they slow each other down,
+    and one that is measured alone looks faster than it will be."""
     link: bool = True
     """Measure transfers between a prefill engine and the decode engine, where there are both."""
     folder: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="(default: NAME.campaign)")] = None

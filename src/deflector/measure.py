@@ -18,6 +18,7 @@ from deflector.envs.errors import InputError
 from deflector.envs.step_time import StepTimeProfile, load_profile
 from deflector.envs.written import write_json
 from deflector.live.profiler.campaign import Campaign
+from deflector.live.profiler.company import busy
 from deflector.live.profiler.drive import EngineUnderTest
 from deflector.live.profiler.flags import Measure
 from deflector.live.profiler.transfers import LinkFit, measure_link, now_seed
@@ -94,7 +95,9 @@ async def _measure(flags: Measure, config: RouterConfig, progress: Progress) -> 
         budget_s = flags.minutes * 60
         campaign = Campaign(Path(flags.folder or f"{flags.name}.campaign"), limits, facts, flags.seed, budget_s)
         progress.begin(f"measuring {tested.url}, {len(campaign.measured)} experiments so far", total=int(budget_s))
-        await campaign.run(engine, _seconds(progress))
+        others = [node for node in config.nodes if node is not largest] if flags.company else []
+        async with busy([await _target(session, node) for node in others], now_seed()):
+            await campaign.run(engine, _seconds(progress))
         profile = campaign.fit()
         link = None
         if flags.link and prefill is not None:
