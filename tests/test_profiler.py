@@ -80,7 +80,8 @@ def test_no_experiment_asks_for_more_than_the_engine_holds(kind: str, point: lis
     assert (made.batch > 0, made.chunk_tokens > 0) == (kind != "prefill", kind != "decode")
 
 
-def test_the_profile_of_a_known_engine_is_found(tmp_path: Path) -> None:
+def test_the_profile_of_a_known_engine_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deflector.live.profiler.campaign.FIRST", 150)  # As many as minutes would give.
     profile = campaign(tmp_path, KnownEngine()).fit()
     assert profile.fit_error.overall is not None and profile.fit_error.overall.mape < 0.02
     assert profile.provenance == "measured" and profile.kv_tokens_capacity == 200_000

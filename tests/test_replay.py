@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mock_cluster import MockEngine, RunningRouter, mock_cluster
+from mock_cluster import MockEngine, RunningRouter, mock_cluster, wait_until
 
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Column, Status
@@ -139,6 +140,19 @@ def test_policies_are_replayed_one_after_the_other_and_predicted(endpoints: Path
     assert rows["never", 0]["requests"] == rows["always", 0]["requests"] == rows["never", 0]["finished"]
     assert rows["never", 0]["ttft_parts_p95"]["queue_s"] is None  # Only the engines know.
     assert "simulated" in done.stdout and "error" in done.stdout and "never" in done.stdout
+
+
+def test_a_replay_that_was_stopped_goes_on_where_it_was(endpoints: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = (str(endpoints), *SHORT, "--policies", "never,always", "--no-predict", "--json", str(out))
+    with subprocess.Popen([sys.executable, "-m", "deflector", "replay", *words], stderr=subprocess.PIPE) as process:
+        journal = out.with_name("out.json.partial.jsonl")
+        wait_until(lambda: journal.exists() and journal.read_text().count("\n") == 1, "one run is done", 200.0)
+        process.send_signal(signal.SIGKILL)
+    kept = json.loads(journal.read_text())["record"]["live"]
+    assert replay(*words).returncode == 0
+    first, second = json.loads(out.read_text())["cells"]
+    assert first["ttft_p50_s"] == kept["ttft_p50_s"] and second["policy"] == "always" and not journal.exists()
 
 
 def test_a_router_that_runs_is_replayed_as_it_is(endpoints: Path, cluster: Cluster, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Measure:
     ] = None
     """Bytes of KV cache per token, over all tensor-parallel ranks."""
     company: bool = False
-    """Keep the cluster's other engines busy meanwhile: where engines share a machine's cores, they slow each other down,
+    """Keep the other engines busy meanwhile: where engines share a machine's cores, they slow each other down,
     and one that is measured alone looks faster than it will be."""
     link: bool = True
     """Measure transfers between a prefill engine and the decode engine, where there are both."""

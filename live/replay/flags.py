@@ -71,6 +71,6 @@ class Replay:
     predict: bool = True
     """Simulate the same requests on the same cluster, and compare."""
     json: Annotated[str | None, arg(metavar="FILE", **_TEXT)] = None
-    """Write every figure here."""
+    """Write every figure here. A command that is stopped goes on where it was when it is given again."""
     plots: Annotated[str | None, arg(metavar="DIR", **_TEXT)] = None
     """Write pictures (PNG) into this folder."""

@@ -1,5 +1,7 @@
 """A router of one's own: `deflector serve` as a child process, for as long as a measurement takes."""
 
+import ctypes
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ from typing import IO
 from deflector.envs.errors import InputError
 
 READY_S, END_S, LOOK_EVERY_S = 60.0, 30.0, 0.05
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -23,7 +26,9 @@ def serving(config: Path, policy: str, *flags: str) -> Iterator[str]:
     """
     command = [sys.executable, "-m", "deflector", "serve", "--config", str(config), "--policy", policy, "--port", "0"]
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([*command, *flags], stderr=said, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, *flags], stderr=said, stdout=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        )
         try:
             yield _wait(process, said)
         finally:
@@ -33,6 +38,12 @@ def serving(config: Path, policy: str, *flags: str) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end this process when its parent is killed, however that happens; where there is a way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes], said: IO[str]) -> str:

@@ -3,16 +3,17 @@
 On this floor because it joins both sides of the house: live plays, training judges.
 """
 
+import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import uvloop
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -35,11 +36,12 @@ from deflector.live.router.config import RouterConfig, cluster_of
 from deflector.policies.policy import policy_key
 from deflector.policies.registry import policy_labels, split_policies
 from deflector.policies.rollout import rollout
-from deflector.training.cells import Cell, Plan
+from deflector.training.cells import Cell, Plan, Run
 from deflector.training.comparison import Results
 from deflector.training.evaluate import SCHEMA, figures_json
 from deflector.training.metrics import RunMetrics, measure
 from deflector.training.progress import Progress
+from deflector.training.results_file import Journal
 from deflector.training.settings import read_seeds
 from deflector.training.tables import print_tables
 
@@ -54,17 +56,24 @@ COMPARED = (
     ("ttft_p95_s", "TTFT P95\ns", 1.0),
     ("tbt_p99_s", "TBT P99\nms", 1000.0),
 )
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass
 class _Replayed:
     """What there is so far."""
 
-    live: dict[str, RunMetrics]
-    simulated: dict[str, RunMetrics]
-    late_s: list[FloatArray]
-    problems: dict[str, int]
+    live: dict[str, RunMetrics] = field(default_factory=dict)
+    simulated: dict[str, RunMetrics] = field(default_factory=dict)
+    late_s: list[float] = field(default_factory=list)
+    problems: Counter[str] = field(default_factory=Counter)
+
+    def take(self, run: str, record: dict[str, Any]) -> None:
+        """One more run, as the journal keeps it."""
+        self.live[run] = RunMetrics.from_json(record["live"])
+        if record["simulated"] is not None:
+            self.simulated[run] = RunMetrics.from_json(record["simulated"])
+        self.late_s.append(float(record["late_p99_s"]))
+        self.problems.update(record["problems"])
 
 
 def run_replay(flags: Replay, console: Console) -> None:
@@ -76,17 +85,22 @@ def run_replay(flags: Replay, console: Console) -> None:
     """
     path, config = find_cluster(flags.cluster)
     plan = _make_plan(flags, config)
-    done = _Replayed({}, {}, [], {})
+    journal = Journal.beside(flags.json)
+    done, written = _Replayed(), False
     began_s = time.monotonic()
     try:
-        with Progress() as progress:
-            _play_all(flags, plan, path, done, progress)
+        try:
+            with Progress() as progress:
+                _play_all(flags, plan, path, journal, done, progress)
+        finally:
+            if done.live:
+                _show(plan, done, console)
+        if flags.json is not None:
+            write_json(flags.json, _report(flags, plan, done, time.monotonic() - began_s))
+            written = True
+            console.print(f"Figures: {flags.json}", highlight=False, soft_wrap=True)
     finally:
-        if done.live:
-            _show(flags, plan, done, console)
-            if flags.json is not None:
-                write_json(flags.json, _report(flags, plan, done, time.monotonic() - began_s))
-                console.print(f"Figures: {flags.json}", highlight=False, soft_wrap=True)
+        journal.close(done=written)
     if flags.plots is not None:
         # Only here: matplotlib takes its time to import.
         from deflector.training.plots import write_plots
@@ -155,25 +169,33 @@ def _rate(flags: Replay, spec: ClusterSpec, source: Source) -> tuple[float | Non
     return load, load * saturation_rps(spec, long)
 
 
-def _play_all(flags: Replay, plan: Plan, config: Path, done: _Replayed, progress: Progress) -> None:
-    """Every run, live first: each seed's policies one after the other."""
+def _play_all(flags: Replay, plan: Plan, config: Path, journal: Journal, done: _Replayed, progress: Progress) -> None:
+    """Every run that the journal does not hold, each seed's policies one after the other."""
     (cell,) = plan.cells
-    for number, run in enumerate(plan.runs):
-        requests = _requests(flags, plan, run.seed)
-        progress.begin(f"{plan.labels[run.policy]}, seed {run.seed}: live", total=len(requests))
-        with _address(flags, config, run.policy) as url:
-            # Engines remember prompts: no two runs may share them, not even those of two commands.
-            prompts = time.time_ns() + number
-            found = uvloop.run(_play(url, flags, requests, prompts, progress.advance))
-        done.late_s.append(found.late_s)
-        for problem, count in found.problems.items():
-            done.problems[problem] = done.problems.get(problem, 0) + count
-        end_s = flags.busiest or cell.source.end_s(cell.rate_rps)
-        done.live[run.key] = measure(found.counted_from(plan.warmup_s), warmup_s=plan.warmup_s, end_s=end_s)
-        if flags.predict and not flags.url:
-            progress.begin(f"{plan.labels[run.policy]}, seed {run.seed}: simulated")
-            said = rollout(cell.spec, requests, run.policy, seed=run.seed, warmup_s=plan.warmup_s)
-            done.simulated[run.key] = measure(said, warmup_s=plan.warmup_s, end_s=end_s)
+    about = f"{plan.fingerprint(cell)}|{hashlib.sha256(config.read_bytes()).hexdigest()}|{flags.busiest}|{flags.url}"
+    for run in plan.runs:
+        text = f"{about}|{plan.policy_keys.get(run.policy)}|{run.seed}|{flags.predict}"
+        if text not in journal.found:
+            journal.found[text] = _play_one(flags, plan, run, config, progress)
+            journal.append(text, journal.found[text])
+        done.take(run.key, journal.found[text])
+
+
+def _play_one(flags: Replay, plan: Plan, run: Run, config: Path, progress: Progress) -> dict[str, Any]:
+    """One run, live, and what the simulator says of it."""
+    cell, requests = run.cell, _requests(flags, plan, run.seed)
+    span_s = {"warmup_s": plan.warmup_s, "end_s": flags.busiest or cell.source.end_s(cell.rate_rps)}
+    progress.begin(f"{plan.labels[run.policy]}, seed {run.seed}: live", total=len(requests))
+    with _address(flags, config, run.policy) as url:
+        # Engines remember prompts: no two runs may share them, not even those of two commands.
+        found = uvloop.run(_play(url, flags, requests, time.time_ns(), progress.advance))
+    live, simulated = measure(found.counted_from(plan.warmup_s), **span_s), None
+    if flags.predict and not flags.url:
+        progress.begin(f"{plan.labels[run.policy]}, seed {run.seed}: simulated")
+        said = rollout(cell.spec, requests, run.policy, seed=run.seed, warmup_s=plan.warmup_s)
+        simulated = measure(said, **span_s).as_json()
+    late_s = float(np.percentile(found.late_s, 99))
+    return {"live": live.as_json(), "simulated": simulated, "late_p99_s": late_s, "problems": dict(found.problems)}
 
 
 def _requests(flags: Replay, plan: Plan, seed: int) -> Workload:
@@ -208,9 +230,9 @@ async def _play(url: str, flags: Replay, requests: Workload, prompts: int, watch
         return loop.result()
 
 
-def _show(flags: Replay, plan: Plan, done: _Replayed, console: Console) -> None:
+def _show(plan: Plan, done: _Replayed, console: Console) -> None:
     print_tables(console, plan, done.live)
-    late_s = float(np.percentile(np.concatenate(done.late_s), 99))
+    late_s = max(done.late_s)
     console.print(f"Requests left {late_s * 1e3:.1f} ms late (P99) at most.", style="dim", highlight=False)
     if late_s > LATE_S:
         console.print("The generator itself was late: this machine is too busy for these figures.", style="yellow")
@@ -257,7 +279,7 @@ def _report(flags: Replay, plan: Plan, done: _Replayed, elapsed_s: float) -> dic
         "settings": described | {"baseline": plan.baseline, "policies": list(plan.policies), "seeds": list(plan.seeds)},
         **figures_json(plan, done.live, {}),
         "simulated": figures_json(plan, done.simulated, {}) if done.simulated else None,
-        "late_p99_s": float(np.percentile(np.concatenate(done.late_s), 99)),
-        "problems": done.problems,
+        "late_p99_s": max(done.late_s),
+        "problems": dict(done.problems),
         "timings": {"elapsed_s": elapsed_s},
     }
