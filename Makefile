@@ -26,7 +26,7 @@ VERDICT := $(BIN)/deflector judge --oracle oracle_lookahead:horizon_s=4,base=tri
 TRACES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo final test fidelity lint type format bench clean
+.PHONY: help demo final loop test fidelity lint type format bench clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' Makefile | expand -t 16
@@ -59,6 +59,9 @@ final: $(VENV)/core  ## the final test of the shipped policy: half an hour on tw
 	$(VERDICT) $(addprefix results/final/,suite.json long/suite.json sizes.json h200.json qwen3-tcp.json reports.json $(if $(TRACES),traces.json) \
 		ceiling.json) --json results/final/verdict.json
 	$(VERDICT) results/final/ceiling.json --candidates learned,lookahead --json results/final/ceiling-verdict.json
+
+loop: $(VENV)/dev  ## measure a real cluster, train on it, and replay it live: half an hour (LOOP="--kind emulated" and more)
+	$(BIN)/python scripts/loop.py $(LOOP)
 
 test: lint type fidelity  ## lint, types, layers, packaging, fidelity, live vLLM engines and all other tests
 	$(BIN)/pytest tests/live

@@ -9,40 +9,31 @@ Figures in seconds are given in the profile's own time: measured over the factor
 """
 
 import argparse
-import asyncio
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import numpy.typing as npt
-import yaml
+from emulated_cluster import emulated_cluster, live_run
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from deflector.envs.cluster import ClusterSpec, parse_cluster
+from deflector.envs.cluster import parse_cluster
 from deflector.envs.generators import generate
-from deflector.envs.outcome import Column
+from deflector.envs.outcome import Column, Outcomes
 from deflector.envs.saturation import saturation_rps
 from deflector.envs.scenarios import with_slos
 from deflector.envs.slo import SloSpec
 from deflector.envs.sources import ShapeSource
 from deflector.envs.state import Path as Way
-from deflector.envs.workload import Workload
 from deflector.policies.rollout import rollout
 from deflector.training.plot_style import COLORS, DASHES
 
 PROFILE, LINK = "a100-deepseek-v2-lite", 7.8
 LONG_S, POLICIES = 600.0, ("never", "kairos")
-LONGEST_S = 900.0
-PER_REQUEST = ("prompt_tokens", "output_tokens", "max_output_tokens", "ttft_slo_s", "tbt_slo_s", "slo_class")
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -56,76 +47,7 @@ class Run:
     deflected_share: float
 
 
-def busiest(load: Workload, window_s: float) -> Workload:
-    """The seconds with the most prompt tokens, moved to the beginning."""
-    sums = np.concatenate([[0.0], np.cumsum(load.prompt_tokens)])
-    ends = np.searchsorted(load.arrival_s, load.arrival_s + window_s)
-    first = int(np.argmax(sums[ends] - sums[np.arange(len(ends))]))
-    rows = slice(first, int(ends[first]))
-    return replace(
-        load,
-        arrival_s=load.arrival_s[rows] - load.arrival_s[first],
-        **{name: getattr(load, name)[rows] for name in PER_REQUEST},
-    )
-
-
-async def drive(url: str, load: Workload, seed: int) -> tuple[list[list[float]], list[str]]:
-    """Sends every request at its time; the times of each one's events, and the path of each.
-
-    Every policy needs a seed of its own: engines cache the prefixes of prompts that they have seen.
-    """
-    generator = np.random.default_rng(seed)
-    prompts = [generator.integers(3, 4000, size=int(tokens)).tolist() for tokens in load.prompt_tokens]
-    times: list[list[float]] = [[] for _ in prompts]
-    paths = [""] * len(prompts)
-    began_s = time.monotonic()
-
-    async def one(session: aiohttp.ClientSession, k: int) -> None:
-        await asyncio.sleep(max(0.0, began_s + load.arrival_s[k] - time.monotonic()))
-        body = {"model": "emulated", "prompt": prompts[k], "max_tokens": int(load.output_tokens[k]), "stream": True}
-        headers = {
-            "x-llm-d-slo-ttft-ms": f"{load.ttft_slo_s[k] * 1e3:.3f}",
-            "x-llm-d-slo-tpot-ms": f"{load.tbt_slo_s[k] * 1e3:.3f}",
-        }
-        sent_s = time.monotonic()
-        async with session.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, headers=headers) as answer:
-            paths[k] = answer.headers.get("x-deflector-path", str(answer.status))
-            async for line in answer.content:
-                if line.startswith(b"data: {"):
-                    times[k].append(time.monotonic() - sent_s)
-
-    timeout = aiohttp.ClientTimeout(total=LONGEST_S)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        await asyncio.gather(*(one(session, k) for k in range(len(prompts))))
-    return times, paths
-
-
-def live_run(config: Path, policy: str, load: Workload, factor: float, seed: int) -> Run:
-    """One policy, in front of the engines that run."""
-    command = [sys.executable, "-m", "deflector", "serve", "--config", str(config), "--port", "0", "--policy", policy]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as router:
-        assert router.stderr is not None
-        url = ""
-        for line in router.stderr:
-            url = line.split()[-1] if line.startswith("Listening") else url
-            if line.startswith("Ready"):
-                break
-        if router.poll() is not None:
-            raise SystemExit(f"the router ended: {router.stderr.read()}")
-        try:
-            times, paths = asyncio.run(drive(url, load, seed))
-        finally:
-            router.terminate()
-            router.wait(30)
-    ttft_s = np.array([found[0] if found else np.inf for found in times])
-    gaps_s = np.array([np.percentile(np.diff(found), 99) if len(found) > 1 else 0.0 for found in times])
-    complete = np.array([len(found) >= tokens for found, tokens in zip(times, load.output_tokens, strict=True)])
-    attained = complete & (ttft_s <= load.ttft_slo_s) & (gaps_s <= load.tbt_slo_s)
-    return Run(ttft_s / factor, gaps_s / factor, attained, float(np.mean([path == "deflect" for path in paths])))
-
-
-def simulated_run(spec: ClusterSpec, policy: str, load: Workload, factor: float) -> Run:
-    outcomes = rollout(spec, load, policy).outcomes
+def as_run(outcomes: Outcomes, factor: float) -> Run:
     gaps_s = np.nan_to_num(outcomes.column(Column.TBT_P99_S))
     deflected = float(np.mean(outcomes.column(Column.PATH) == Way.DEFLECT))
     return Run(outcomes.ttft_s / factor, gaps_s / factor, outcomes.attained, deflected)
@@ -145,7 +67,7 @@ def main() -> None:
     factor = flags.slowdown
     plain = parse_cluster(flags.cluster, profile=PROFILE)
     rate_rps = flags.load * saturation_rps(plain, ShapeSource(flags.workload, LONG_S))
-    load = busiest(generate(flags.workload, rate_rps=rate_rps, duration_s=LONG_S, seed=flags.seed), flags.seconds)
+    load = generate(flags.workload, rate_rps=rate_rps, duration_s=LONG_S, seed=flags.seed).busiest(flags.seconds)
     spec = parse_cluster(flags.cluster, profile=f"{PROFILE}:scale={factor:g}", link=f"{LINK / factor}")
     load = with_slos(
         replace(load, arrival_s=load.arrival_s * factor), spec.facts(), SloSpec(0.25 * factor, 4.0), 0.1 * factor
@@ -153,28 +75,11 @@ def main() -> None:
     print(
         f"{len(load)} requests, {load.prompt_tokens.sum():,} prompt tokens, {factor:g} times as slow", file=sys.stderr
     )
-    runs = {("simulated", policy): simulated_run(spec, policy, load, factor) for policy in POLICIES}
-    with tempfile.TemporaryDirectory() as state:
-        runs |= with_cluster(flags, Path(state), load, factor)
+    load = replace(load, max_output_tokens=load.output_tokens)  # An engine can only be told how many it may make.
+    runs = {("simulated", policy): as_run(rollout(spec, load, policy).outcomes, factor) for policy in POLICIES}
+    with emulated_cluster(flags.cluster, factor) as endpoints:
+        runs |= {("live", policy): as_run(live_run(endpoints, policy, load).outcomes, factor) for policy in POLICIES}
     report(runs, flags, len(load))
-
-
-def with_cluster(flags: argparse.Namespace, state: Path, load: Workload, factor: float) -> dict[tuple[str, str], Run]:
-    variables = os.environ | {"XDG_STATE_HOME": str(state)}
-    deflector = [sys.executable, "-m", "deflector", "cluster"]
-    up = [*deflector, "up", "--kind", "emulated", "--slowdown", f"{factor:g}", "--timeout-s", "600", flags.cluster]
-    subprocess.run(up, env=variables, check=True)
-    try:
-        endpoints = state / "deflector" / "clusters" / "default" / "endpoints.yaml"
-        patient = {"timeouts": {"first_byte_s": LONGEST_S, "idle_s": LONGEST_S}, "limits": {"requests": 100_000}}
-        config = yaml.safe_load(endpoints.read_text()) | patient
-        endpoints.write_text(yaml.safe_dump(config))
-        return {
-            ("live", policy): live_run(endpoints, policy, load, factor, flags.seed + k)
-            for k, policy in enumerate(POLICIES)
-        }
-    finally:
-        subprocess.run([*deflector, "down"], env=variables, check=False)
 
 
 def report(runs: dict[tuple[str, str], Run], flags: argparse.Namespace, requests: int) -> None:

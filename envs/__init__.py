@@ -4,7 +4,7 @@ import gymnasium
 
 gymnasium.register(
     id="deflector/Deflection-v0",
-    entry_point="deflector.envs.deflection:DeflectionEnv",
+    entry_point="deflector.envs.backend_env:make_deflection",
     vector_entry_point="deflector.envs.vector:DeflectionVectorEnv",
 )
 gymnasium.register(id="deflector/DeflectionTuning-v0", entry_point="deflector.policies.tuning:DeflectionTuningEnv")

@@ -6,7 +6,7 @@ import numpy as np
 
 from deflector.envs.cluster import ClusterFacts, ClusterSpec
 from deflector.envs.compiled import entry
-from deflector.envs.outcome import NUM_COLUMNS, Outcomes
+from deflector.envs.outcome import NUM_COLUMNS, Column, Outcomes
 from deflector.envs.simulator import layout as at
 from deflector.envs.simulator.events import advance
 from deflector.envs.simulator.reports import observe
@@ -16,7 +16,13 @@ from deflector.envs.workload import Workload
 
 
 class Backend(Protocol):
-    """Plays a workload on a cluster, one routing decision at a time."""
+    """Plays a workload on a cluster, one routing decision at a time.
+
+    Attributes:
+        facts: The cluster as arrays.
+    """
+
+    facts: ClusterFacts
 
     def reset(self, seed: int) -> None:
         """Begins anew."""
@@ -29,6 +35,10 @@ class Backend(Protocol):
 
     def drain(self) -> Outcomes:
         """Plays to the end and returns what became of every request."""
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What is known of every request by now, first tokens of those that still run among it."""
 
 
 class SimulatedBackend:
@@ -87,9 +97,16 @@ class SimulatedBackend:
 
     @property
     def outcomes(self) -> Outcomes:
-        """What is known of every request by now."""
-        load = self._workload
-        return Outcomes(load.arrival_s, load.ttft_slo_s, load.tbt_slo_s, self.world.requests[:, :NUM_COLUMNS])
+        """What is known of every request by now, first tokens of those that still run among it."""
+        load, w = self._workload, self.world
+        table = w.requests[:, :NUM_COLUMNS].copy()
+        slots = w.i[int(w.i[at.H_SLOT0_I]) :][: int(w.i[at.H_SLOTS]) * at.SLOT_I].reshape(-1, at.SLOT_I)
+        first_token_s = w.f[int(w.i[at.H_SLOT0_F]) :][: len(slots) * at.SLOT_F].reshape(-1, at.SLOT_F)[
+            :, at.FIRST_TOKEN
+        ]
+        taken = slots[:, at.STAGE] != at.FREE
+        table[slots[taken, at.REQUEST], Column.FIRST_TOKEN_S] = first_token_s[taken]
+        return Outcomes(load.arrival_s, load.ttft_slo_s, load.tbt_slo_s, table)
 
 
 @entry

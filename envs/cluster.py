@@ -216,20 +216,23 @@ class ClusterFacts:
 
 
 def link_speed(name: str) -> tuple[float, float]:
-    """(GB/s, set-up seconds) of a preset's name or of a number of GB/s.
+    """(GB/s, set-up seconds) of a preset's name, a number of GB/s, or both as in `0.9+12ms`.
 
     Raises:
         ValueError: If it is neither.
     """
     if name in LINK_PRESETS:
         return LINK_PRESETS[name]
+    speed, plus, setup = name.partition("+")
     try:
-        gigabytes_per_s = float(name)
+        gigabytes_per_s = float(speed)
+        setup_s = float(setup.removesuffix("ms")) * 1e-3 if plus else 0.05e-3
     except ValueError:
-        gigabytes_per_s = 0.0
-    if not 0 < gigabytes_per_s < float("inf"):
-        raise ValueError(f"link '{name}' is neither a speed in GB/s nor one of {', '.join(LINK_PRESETS)}")
-    return gigabytes_per_s, 0.05e-3
+        gigabytes_per_s, setup_s = 0.0, 0.0
+    if not 0 < gigabytes_per_s < float("inf") or not 0 <= setup_s < 60:
+        presets = ", ".join(LINK_PRESETS)
+        raise ValueError(f"link '{name}' is neither a speed in GB/s, such as 7.8 or 0.9+12ms, nor one of {presets}")
+    return gigabytes_per_s, setup_s
 
 
 def parse_cluster(text: str, *, profile: str | None = None, link: str | None = None) -> ClusterSpec:

@@ -176,7 +176,7 @@ def _number(value: object, where: str) -> float:
 
 
 def fit_profile(
-    path: str | Path,
+    steps: str | Path | tuple[StepRecords, StepRecords],
     *,
     name: str,
     model: str,
@@ -190,10 +190,10 @@ def fit_profile(
     provenance_note: str = "",
     seed: int = 0,
 ) -> StepTimeProfile:
-    """Fits a profile to the step records of a file.
+    """Fits a profile to step records.
 
     Args:
-        path: See `read_step_records`.
+        steps: A file, see `read_step_records`; or the records to fit and those to judge the fit by.
         name: As all but the last two, copied to the profile.
         model: Model the steps were measured on.
         gpu: GPU they ran on.
@@ -204,16 +204,24 @@ def fit_profile(
         block_size: Tokens per KV block.
         provenance: What the records are.
         provenance_note: Where they come from; the fit adds their number.
-        seed: Chooses the fifth of the records that is held out.
+        seed: Chooses the fifth of a file's records that is held out.
 
     Raises:
         InputError: In one line, for a bad record, too few of them, or a bad argument.
     """
-    records = read_step_records(path)
-    held_out = _held_out(records, seed)
-    train, test = records.take(~held_out), records.take(held_out)
+    if isinstance(steps, tuple):
+        train, test = steps
+        where = name
+    else:
+        records = read_step_records(steps)
+        held_out = _held_out(records, seed)
+        train, test = records.take(~held_out), records.take(held_out)
+        where = str(steps)
     note = f"{provenance_note} Fitted to {len(train.q)} steps, judged on {len(test.q)} others.".strip()
-    kv_tokens, tokens = int(records.kv_tokens.max()), int((records.chunk_tokens + records.batch).max())
+    parts = [part for part in (train, test) if len(part.q)]
+    kv_tokens = int(max(part.kv_tokens.max() for part in parts))
+    tokens = int(max((part.chunk_tokens + part.batch).max() for part in parts))
+    longest = max(part.longest_context_tokens for part in parts)
     facts: dict[str, object] = {
         "name": name,
         "model": model,
@@ -222,18 +230,16 @@ def fit_profile(
         "engine": engine,
         "provenance": provenance,
         "provenance_note": note,
-        "valid": ValidRange(
-            step_tokens=tokens, context_tokens=records.longest_context_tokens or None, kv_tokens=kv_tokens or None
-        ),
+        "valid": ValidRange(step_tokens=tokens, context_tokens=longest or None, kv_tokens=kv_tokens or None),
         "kv_bytes_per_token": float(kv_bytes_per_token),
         "kv_tokens_capacity": kv_tokens_capacity,
         "block_size": block_size,
     }
     try:
-        best = StepTimeProfile.model_validate(facts | _fit(train, False, path))
+        best = StepTimeProfile.model_validate(facts | _fit(train, False, where))
         errors = fit_errors(best, test)
         if (train.region == 2).any() and (train.region != 2).any() and errors.mixed:
-            special = StepTimeProfile.model_validate(facts | _fit(train, True, path))
+            special = StepTimeProfile.model_validate(facts | _fit(train, True, where))
             special_errors = fit_errors(special, test)
             if special_errors.mixed and special_errors.mixed.mape < MIXED_GAIN * errors.mixed.mape - 1e-3:
                 best, errors = special, special_errors
@@ -295,7 +301,7 @@ def _hats(tokens: Array, nodes: Array) -> Array:
     return np.column_stack([np.interp(tokens, nodes, unit) for unit in np.eye(len(nodes))])
 
 
-def _fit(train: StepRecords, mixed_terms: bool, path: str | Path) -> dict[str, object]:
+def _fit(train: StepRecords, mixed_terms: bool, where: str) -> dict[str, object]:
     """The fitted fields of a profile."""
     tokens = train.chunk_tokens + train.batch
     nodes = _nodes(tokens)
@@ -316,7 +322,7 @@ def _fit(train: StepRecords, mixed_terms: bool, path: str | Path) -> dict[str, o
     parameters = int((np.abs(matrix).sum(axis=0) > 0).sum())
     different = len(np.unique(np.column_stack([train.chunk_tokens, train.q, train.batch, train.kv_tokens]), axis=0))
     if different < parameters:
-        raise InputError(f"{path}: {different} different steps cannot settle {parameters} parameters; measure more")
+        raise InputError(f"{where}: {different} different steps cannot settle {parameters} parameters; measure more")
     counts = np.bincount(train.region, minlength=3)
     balance = np.minimum(1 / np.maximum(counts, 1), 10 / len(tokens))[train.region]
     solution = _robust_nnls(matrix, train.step_ms, balance / balance.mean(), len(nodes))

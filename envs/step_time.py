@@ -314,6 +314,20 @@ def _load_builtin(name: str, knobs: str) -> StepTimeProfile:
     return _turned(parse_profile(_FOLDER.joinpath(f"{name}.json").read_bytes(), f"built-in profile {name}"), knobs)
 
 
+def rescaled(name: str, factor: float) -> str:
+    """The name of the same profile with all its times so many times as long; a knob that is there is turned on."""
+    base, _, knobs = name.partition(":")
+    scale, others = factor, []
+    for knob in filter(None, knobs.split(",")):
+        key, _, value = knob.partition("=")
+        if key == "scale":
+            scale *= float(value)
+        else:
+            others.append(knob)
+    turned = [*others, f"scale={scale:.6g}"] if abs(scale - 1) > 1e-9 else others
+    return f"{base}:{','.join(turned)}" if turned else base
+
+
 def _turned(profile: StepTimeProfile, knobs: str) -> StepTimeProfile:
     """The profile with `slope=..,scale=..` applied."""
     if not knobs:

@@ -13,6 +13,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+_PER_REQUEST = ("arrival_s", "prompt_tokens", "output_tokens", "max_output_tokens", "ttft_slo_s", "tbt_slo_s")
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -108,9 +110,27 @@ class Workload:
         abort_s = arrival_s + (self.abort_s - self.arrival_s) if len(self.abort_s) else self.abort_s
         return replace(self, arrival_s=arrival_s, abort_s=abort_s)
 
+    def busiest(self, window_s: float) -> Self:
+        """The stretch of so many seconds with the most prompt tokens, moved to time 0; without shared prefixes.
+
+        Raises:
+            InputError: If the window is no positive number.
+        """
+        if not 0 < window_s < float("inf"):
+            raise InputError(f"the busiest {window_s} s: give a positive number of seconds")
+        sums = np.concatenate([[0.0], np.cumsum(self.prompt_tokens)])
+        ends = np.searchsorted(self.arrival_s, self.arrival_s + window_s)
+        first = int(np.argmax(sums[ends] - sums[np.arange(len(ends))])) if len(ends) else 0
+        rows = slice(first, int(ends[first]) if len(ends) else 0)
+        cut = {name: getattr(self, name)[rows] for name in (*_PER_REQUEST, "slo_class")}
+        start_s = self.arrival_s[first] if len(ends) else 0.0
+        abort_s = self.abort_s[rows] - start_s if len(self.abort_s) else self.abort_s
+        none = np.empty(0, np.int64)
+        cut["arrival_s"] = cut["arrival_s"] - start_s
+        return replace(self, **cut, abort_s=abort_s, prefix_start=none, prefix_ids=none)
+
     def first(self, count: int) -> Self:
         """The first `count` requests, or all if there are fewer, as views."""
-        per_request = ("arrival_s", "prompt_tokens", "output_tokens", "max_output_tokens", "ttft_slo_s", "tbt_slo_s")
-        cut = {name: getattr(self, name)[:count] for name in (*per_request, "slo_class", "abort_s")}
+        cut = {name: getattr(self, name)[:count] for name in (*_PER_REQUEST, "slo_class", "abort_s")}
         starts = self.prefix_start[: count + 1]
         return replace(self, **cut, prefix_start=starts)

@@ -213,7 +213,9 @@ class Engine:
         jump_s = 86_400.0 if self.kind("state_clock") else 0.0
         busy = self.counters["in_flight"]
         counts = {"prefill_tokens": 0, "decodes": busy, "decode_kv_tokens": 0, "kv_tokens_used": 0}
-        return web.json_response({"version": 1, "time_s": time.time() - jump_s, "running": busy, "waiting": 0} | counts)
+        drift = {"drift": self.fault["drift"]} if self.kind("drift") else {}
+        told = {"version": 1, "time_s": time.time() - jump_s, "running": busy, "waiting": 0}
+        return web.json_response(told | counts | drift)
 
     async def metrics(self, http: web.Request) -> web.Response:
         busy = self.counters["in_flight"]

@@ -18,6 +18,7 @@ from deflector.live.vllm_plugin.counting import count, step_record
 from deflector.live.vllm_plugin.emulated_model import write_emulated_model
 from deflector.live.vllm_plugin.engine_settings import EngineSettings, read_settings
 from deflector.live.vllm_plugin.engine_state import LastState, packed, unpacked, without_ours
+from deflector.live.vllm_plugin.slowdown_file import SlowdownFile
 from deflector.live.vllm_plugin.step_log import StepLog
 from deflector.live.vllm_plugin.step_meter import StepMeter
 
@@ -67,14 +68,46 @@ def test_step_is_timed_from_when_the_engine_was_free_for_it(clock: Clock) -> Non
     clock.now_s += 0.01
     meter.begin(2, record={})  # Asynchronous: scheduled while the first one runs.
     clock.now_s += 0.02
-    assert meter.end(1) == {"step_ms": 30.0}
+    assert meter.end(1)["step_ms"] == 30.0
     clock.now_s += 0.05
-    assert meter.end(2) == {"step_ms": 50.0}
+    assert meter.end(2) == {"step_ms": 50.0, "pause_ms": 0.0}
     clock.now_s += 9.0  # Idle.
     meter.begin(3, record={})
     clock.now_s += 0.04
-    assert meter.end(3) == {"step_ms": 40.0}
+    assert meter.end(3) == {"step_ms": 40.0, "pause_ms": 9000.0}
     assert meter.steps == 3
+
+
+def test_drift_is_of_all_steps_by_their_weight_and_forgets(clock: Clock) -> None:
+    meter = StepMeter(clock)
+
+    def steps(count: int, factor: float, predicted_s: float) -> None:
+        for _ in range(count):
+            meter.begin(0, predicted_s, is_cut=False)
+            clock.now_s += factor * predicted_s
+            meter.end(0)
+
+    assert meter.drift == 1.0
+    steps(50, 1.0, 0.01)
+    steps(50, 1.0, 0.2)
+    assert meter.drift == pytest.approx(1.0)
+    steps(1, 2.0, 0.001)
+    assert meter.drift < 1.001  # A short step weighs little.
+    steps(500, 1.4, 0.05)
+    assert meter.drift == pytest.approx(1.4, rel=0.01)
+    assert meter.slowness == 1.0  # It is for steps in which a prompt is cut.
+
+
+def test_slowness_file_is_read_while_the_engine_runs(tmp_path: Path) -> None:
+    path = tmp_path / "slowdown"
+    file = SlowdownFile(str(path))
+    assert file.factor(0.0) == 1.0
+    path.write_text("1.4")
+    assert (file.factor(0.5), file.factor(1.1)) == (1.0, 1.4)
+    for nonsense in ("", "fast", "-1", "1e9"):
+        path.write_text(nonsense)
+        assert file.factor(file._read_s + 2.0) == 1.0
+    assert SlowdownFile(None).factor(0.0) == 1.0
 
 
 def test_slowness_rises_in_haste_falls_slowly_and_stays_within_bounds(clock: Clock) -> None:

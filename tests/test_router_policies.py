@@ -53,7 +53,7 @@ def test_router_decides_as_the_policy_does_on_the_same_state(name: str) -> None:
         if k > 1:
             flight.prefilled()
             flight.first_token()
-    answer = PolicySlot(world, name, seed=0).decide(REQUEST, ())
+    answer = PolicySlot(world, name, seed=0).decide_now(REQUEST, ())
     expected = make_policy(name).decide(world.state(REQUEST.arrival_s), REQUEST)
     assert repr(answer.decision) == repr(expected)  # A prediction that is nan equals no other.
     assert (answer.policy, answer.reason) == (name, answer.decision.reason.name.lower())
@@ -61,11 +61,11 @@ def test_router_decides_as_the_policy_does_on_the_same_state(name: str) -> None:
 
 def test_nodes_that_failed_a_request_are_not_chosen_again() -> None:
     slot = PolicySlot(fleet(), "never", seed=0)
-    assert slot.decide(REQUEST, {0, 2}).decision.prefill_node == 1
-    assert slot.decide(REQUEST, {0, 2}).decision.decode_node == 3
-    without = slot.decide(REQUEST, {0, 1}).decision
+    assert slot.decide_now(REQUEST, {0, 2}).decision.prefill_node == 1
+    assert slot.decide_now(REQUEST, {0, 2}).decision.decode_node == 3
+    without = slot.decide_now(REQUEST, {0, 1}).decision
     assert (without.path, without.reason) == (Path.LOCAL, Reason.NO_PREFILL_NODE)
-    assert slot.decide(REQUEST, {2, 3}).decision.path == Path.REJECT
+    assert slot.decide_now(REQUEST, {2, 3}).decision.path == Path.REJECT
 
 
 GOOD = Decision(Path.DISAGGREGATE, 0, 2, Reason.CHOSEN)
@@ -82,14 +82,14 @@ GOOD = Decision(Path.DISAGGREGATE, 0, 2, Reason.CHOSEN)
     ],
 )
 def test_decision_that_no_node_can_carry_out_is_replaced(wrong: Decision) -> None:
-    answer = slot_with(Stubborn(wrong)).decide(REQUEST, ())
+    answer = slot_with(Stubborn(wrong)).decide_now(REQUEST, ())
     assert answer.reason == "policy_impossible"
     assert can_be_done(answer.decision, fleet().state(5.0))
     assert not can_be_done(wrong, fleet().state(5.0))
 
 
 def test_policy_that_fails_costs_no_request() -> None:
-    answer = slot_with(Stubborn(RuntimeError("broken"))).decide(REQUEST, ())
+    answer = slot_with(Stubborn(RuntimeError("broken"))).decide_now(REQUEST, ())
     assert (answer.reason, answer.decision.path) == ("policy_error", Path.DISAGGREGATE)
 
 
@@ -106,12 +106,12 @@ def test_policies_are_exchanged_and_bad_ones_refused() -> None:
 def test_nodes_come_and_go_while_a_policy_is_in_charge() -> None:
     world = fleet()
     slot = PolicySlot(world, "learned", seed=0)
-    slot.decide(REQUEST, ())
+    slot.decide_now(REQUEST, ())
     added = world.add(LiveNode.model_validate({"role": "decode", "url": "http://127.0.0.1:9"}), 5.0)
-    slot.decide(REQUEST, ())
-    assert slot.decide(REQUEST, {2, 3}).decision.decode_node == 4
+    slot.decide_now(REQUEST, ())
+    assert slot.decide_now(REQUEST, {2, 3}).decision.decode_node == 4
     added.draining = True
-    assert slot.decide(REQUEST, {2, 3}).decision.path == Path.REJECT
+    assert slot.decide_now(REQUEST, {2, 3}).decision.path == Path.REJECT
     world.remove(added)
     assert world.facts.num_nodes == 4
     for node in world.decode_nodes[:1]:

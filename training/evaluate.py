@@ -12,7 +12,7 @@ import deflector
 from deflector.envs.errors import InputError
 from deflector.envs.written import write_json
 from deflector.training.cells import Plan, Run, make_plan
-from deflector.training.comparison import cell_rows, interval_json, policy_summaries
+from deflector.training.comparison import Results, cell_rows, interval_json, policy_summaries
 from deflector.training.metrics import RunMetrics
 from deflector.training.progress import Progress
 from deflector.training.results_file import Journal
@@ -139,7 +139,15 @@ def _report(
         "command": "evaluate",
         "version": deflector.__version__,
         "settings": described | {"baseline": plan.baseline, "policies": list(plan.policies), "seeds": list(plan.seeds)},
-        "cells": [_run_json(run, results[run.key], times) for run in plan.runs],
+        **figures_json(plan, results, times),
+        "timings": {"elapsed_s": elapsed_s},
+    }
+
+
+def figures_json(plan: Plan, results: Results, times: DecisionTimes) -> dict[str, Any]:
+    """The figures of every run that there is, the comparisons with the baseline, and the summary."""
+    return {
+        "cells": [_run_json(run, results[run.key], times) for run in plan.runs if run.key in results],
         "comparisons": _comparisons(plan, results),
         "summary": [
             {
@@ -155,7 +163,6 @@ def _report(
             }
             for summary in policy_summaries(plan, results)
         ],
-        "timings": {"elapsed_s": elapsed_s},
     }
 
 
@@ -176,7 +183,7 @@ def _run_json(run: Run, metrics: RunMetrics, times: DecisionTimes) -> dict[str, 
     }
 
 
-def _comparisons(plan: Plan, results: dict[str, RunMetrics]) -> list[dict[str, Any]]:
+def _comparisons(plan: Plan, results: Results) -> list[dict[str, Any]]:
     return [
         {
             "cluster": cell.cluster,

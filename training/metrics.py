@@ -1,15 +1,15 @@
 """What a run is judged by: attainment, goodput, TTFT and its parts, gaps between tokens."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from deflector.envs.errors import InputError
 from deflector.envs.outcome import Column, Outcomes, Status
 from deflector.envs.state import Path
-from deflector.policies.rollout import Rollout
 from deflector.training.stats import percentile
 
 QUANTILE_PERCENTS: tuple[float, ...] = (*map(float, range(100)), 99.5, 99.9, 100.0)
@@ -101,7 +101,18 @@ class RunMetrics:
         return cls(**found | {"ttft_parts_p95": TtftParts(**parts), "ttft_quantiles_s": quantiles_s})
 
 
-def measure(result: Rollout, *, warmup_s: float, end_s: float) -> RunMetrics:
+class Played(Protocol):
+    """A workload that has been played to its end, in the simulator or live."""
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """Of every request."""
+
+    def gap_percentiles_s(self, percents: Sequence[float]) -> list[float]:
+        """Percentiles over all gaps between tokens that count; nan if there are none."""
+
+
+def measure(result: Played, *, warmup_s: float, end_s: float) -> RunMetrics:
     """Judges a run.
 
     Args:
@@ -161,7 +172,7 @@ def _parts_between(outcomes: Outcomes, order: np.ndarray[Any, np.dtype[np.intp]]
     band = order[math.floor(low / 100 * last) : math.ceil(high / 100 * last) + 1]
     rows = outcomes.table[band]
     got_token = ~np.isnan(rows[:, Column.FIRST_TOKEN_S])
-    if not got_token.any():
+    if not got_token.any() or np.isnan(rows[:, Column.QUEUE_S]).all():  # A live run does not know the parts.
         return TtftParts(math.nan, math.nan, math.nan, math.nan)
     rows = rows[got_token]
     queue_s, prefill_s, transfer_s = np.nan_to_num(rows[:, [Column.QUEUE_S, Column.PREFILL_S, Column.TRANSFER_S]]).T

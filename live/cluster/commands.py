@@ -18,6 +18,7 @@ from deflector.envs.errors import InputError
 from deflector.live.cluster.environment import ready_python
 from deflector.live.cluster.flags import Cluster, Down, Status, Up
 from deflector.live.cluster.plan import MODEL_NAMES, Engine, Ports, as_json, make_plan, slowdown_of
+from deflector.live.cluster.random_model import LAYERS
 from deflector.live.cluster.running import (
     Running,
     cluster_folder,
@@ -162,7 +163,7 @@ def _write_endpoints(flags: Up, spec: ClusterSpec, running: Running, engines: li
 
 def _slos(flags: Up, engines: int) -> dict[str, Any]:
     """The usual promises; those in seconds as slow as the engines."""
-    factor = slowdown_of(flags, engines)
+    factor = slowdown_of(flags, engines) * (flags.layers / LAYERS if flags.kind == "cpu" else 1)
     return {"ttft": f"{0.25 * factor:g}+4x", "tbt_s": 0.1 * factor}
 
 

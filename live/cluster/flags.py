@@ -42,6 +42,9 @@ class Up:
     """Emulated engines take so many times as long as the profile says, so that this machine keeps up."""
     model: Annotated[str | None, arg(metavar="NAME", **_TEXT)] = None
     """Model of gpu engines: a name at Hugging Face, or a folder."""
+    layers: Annotated[int, arg(metavar="N", **_TEXT)] = 4
+    """Of the cpu kind's model. With more of them, computing takes up more of the time, and serving less: 16 suit a
+    machine whose few cores do both. (default: 4)"""
     max_model_len: Annotated[int, arg(metavar="N", **_TEXT)] = 32768
     """Longest prompt and output together. (default: 32768)"""
     step_log: Annotated[bool, arg(**_TEXT)] = False

@@ -10,7 +10,7 @@ from typing import Any
 
 from deflector.envs.cluster import ClusterSpec, NodeSpec, link_speed
 from deflector.envs.errors import InputError
-from deflector.envs.step_time import load_profile
+from deflector.envs.step_time import load_profile, rescaled
 from deflector.live.cluster.flags import Up
 from deflector.live.cluster.random_model import write_random_model
 from deflector.live.vllm_plugin.emulated_model import write_emulated_model
@@ -19,6 +19,8 @@ from deflector.live.vllm_plugin.quiet_nixl import PAUSE_VARIABLE
 
 SCHEDULER = "deflector.live.vllm_plugin.scheduler.DeflectionScheduler"
 EXECUTOR = "deflector.live.vllm_plugin.emulated_executor.EmulatedExecutor"
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""By its name, vLLM would replace it on CPUs: a worker of its own and the engine then spin, waiting for each other."""
 CONNECTOR = "deflector.live.vllm_plugin.emulated_connector"
 MODEL_NAMES = {"cpu": "random-llama", "emulated": "emulated"}
 CPU_MODEL_LEN = 16384
@@ -109,6 +111,8 @@ def make_plan(flags: Up, spec: ClusterSpec, python: str, folder: Path, ports: Po
     """
     if flags.kind == "gpu" and flags.model is None:
         raise InputError("--kind gpu serves a model: name it with --model, such as meta-llama/Llama-3.1-8B-Instruct")
+    if not 1 <= flags.layers <= 256:
+        raise InputError(f"--layers {flags.layers}: give a number from 1 to 256")
     if flags.kind != "gpu" and flags.model is not None:
         raise InputError(f"--model: --kind {flags.kind} brings its own")
     nodes = spec.expanded_nodes
@@ -133,7 +137,7 @@ def make_plan(flags: Up, spec: ClusterSpec, python: str, folder: Path, ports: Po
 
 
 def slowdown_of(flags: Up, engines: int) -> float:
-    """Of emulated engines: by default as much as two cores need to keep up.
+    """Of emulated engines, by default as much as two cores need to keep up; of others, 1.
 
     Raises:
         InputError: If it makes no sense.
@@ -170,8 +174,9 @@ def _emulated(flags: Up, node: NodeSpec, place: _Place) -> _Made:
     model = place.folder / "models" / profile.name
     write_emulated_model(model, profile, flags.max_model_len)
     gigabytes_per_s, _ = link_speed(place.link)
-    config = _plugin_config(_slowed(node.profile, place.slowdown), place.steps) | {
+    config = _plugin_config(rescaled(node.profile, place.slowdown), place.steps) | {
         "deflector_slowdown": node.slowness,
+        "deflector_slowdown_file": str(place.folder / f"{node.role}-{place.number}.slowdown"),
         "deflector_link_gb_per_s": gigabytes_per_s / place.slowdown,
     }
     blocks = node.kv_blocks or profile.kv_tokens_capacity // node.block_size
@@ -183,7 +188,7 @@ def _emulated(flags: Up, node: NodeSpec, place: _Place) -> _Made:
         "--kv-transfer-config", _transfer("EmulatedConnector", node.role, {"kv_connector_module_path": CONNECTOR}),
     ]  # fmt: skip
     facts = {
-        "profile": _slowed(node.profile, place.slowdown),
+        "profile": rescaled(node.profile, place.slowdown),
         "link": str(gigabytes_per_s / place.slowdown),
         "block_size": node.block_size,
         "kv_blocks": blocks,
@@ -192,12 +197,12 @@ def _emulated(flags: Up, node: NodeSpec, place: _Place) -> _Made:
 
 
 def _cpu(flags: Up, node: NodeSpec, place: _Place) -> _Made:
-    model = place.folder / "models" / MODEL_NAMES["cpu"]
-    write_random_model(model)
+    model = place.folder / "models" / f"{MODEL_NAMES['cpu']}-{flags.layers}"
+    write_random_model(model, flags.layers)
     arguments = [
         "--model", str(model), "--served-model-name", MODEL_NAMES["cpu"], "--skip-tokenizer-init", "--enforce-eager",
         "--dtype", "float32", "--max-model-len", str(min(flags.max_model_len, CPU_MODEL_LEN)),
-        "--scheduler-cls", SCHEDULER + "Sync",
+        "--scheduler-cls", SCHEDULER + "Sync", "--distributed-executor-backend", ONE_PROCESS,
         "--additional-config", json.dumps(_plugin_config(node.profile, place.steps)),
         "--kv-transfer-config", _transfer("NixlConnector", node.role, _NIXL_KEPT),
     ]  # fmt: skip
@@ -234,11 +239,6 @@ _KINDS = {"emulated": _emulated, "cpu": _cpu, "gpu": _gpu}
 def _plugin_config(profile: str, steps: str | None) -> dict[str, Any]:
     config: dict[str, Any] = {"deflector_profile": profile}
     return config | {"deflector_step_log": steps} if steps is not None else config
-
-
-def _slowed(profile: str, slowdown: float) -> str:
-    """The profile with its knob turned, as the router reads it."""
-    return profile if slowdown == 1 else f"{profile}{',' if ':' in profile else ':'}scale={slowdown:g}"
 
 
 def _transfer(connector: str, role: str, more: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ CONFIG = {
     "model_type": "llama",
     "hidden_size": HIDDEN,
     "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
+    "num_hidden_layers": LAYERS,  # By default.
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_SIZE,
@@ -35,7 +35,7 @@ CONFIG = {
 bfloat16 take five times as long."""
 
 
-def write_random_model(folder: Path) -> None:
+def write_random_model(folder: Path, layers: int = LAYERS) -> None:
     """Writes config.json and model.safetensors, the same bytes every time; does nothing where they are."""
     weights, config = folder / "model.safetensors", folder / "config.json"
     if weights.exists() and config.exists():
@@ -43,12 +43,12 @@ def write_random_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(SEED)
     partial = folder / "model.partial"
-    save_file(_weights(generator), partial, metadata={"format": "pt"})
+    save_file(_weights(generator, layers), partial, metadata={"format": "pt"})
     partial.replace(weights)
-    config.write_text(json.dumps(CONFIG, indent=1))
+    config.write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=1))
 
 
-def _weights(generator: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+def _weights(generator: np.random.Generator, layers: int) -> dict[str, npt.NDArray[np.float32]]:
     def random(*shape: int, spread: float = SPREAD) -> npt.NDArray[np.float32]:
         return spread * generator.standard_normal(shape, dtype=np.float32)
 
@@ -58,7 +58,7 @@ def _weights(generator: np.random.Generator) -> dict[str, npt.NDArray[np.float32
         "model.norm.weight": ones,
         "lm_head.weight": random(VOCABULARY, HIDDEN),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         name = f"model.layers.{layer}."
         weights |= {
             name + "self_attn.q_proj.weight": random(HEADS * HEAD_SIZE, HIDDEN, spread=4 * SPREAD),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from typing import Any
 
 import orjson
@@ -21,7 +22,7 @@ from deflector.live.router.watch import Watch
 
 
 class Admin:
-    """POST /policy, POST /nodes, POST /nodes/drain, /nodes/resume and /nodes/remove."""
+    """POST /policy, POST /nodes, POST /nodes/drain, /nodes/resume, /nodes/remove and /nodes/recalibrate."""
 
     def __init__(self, fleet: Fleet, policy: PolicySlot, watch: Watch, engines: Engines, warm_pairs: bool) -> None:
         """Changes these."""
@@ -33,6 +34,7 @@ class Admin:
             ("POST", "/nodes/drain"): self._drain,
             ("POST", "/nodes/resume"): self._resume,
             ("POST", "/nodes/remove"): self._remove,
+            ("POST", "/nodes/recalibrate"): self._recalibrate,
         }
 
     def knows(self, http: web.BaseRequest) -> bool:
@@ -97,6 +99,21 @@ class Admin:
         self._fleet.remove(node)
         node.fail_legs("the node was removed")
         return {"removed": node.spec.url}
+
+    async def _recalibrate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Of one node or all: to the drift that the engines report, or to a scale that is given."""
+        if not set(body) <= {"url", "scale"}:
+            raise InputError('give {} for all nodes, {"url": "http://HOST:PORT"} for one, and perhaps "scale": 1.0')
+        nodes = [self._fleet.find(_url({"url": body["url"]}))] if "url" in body else self._fleet.nodes
+        scale = body.get("scale")
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e3):
+            raise InputError(f"scale {scale!r:.40}: give a positive number; 1 is the profile as it is")
+        known = [node for node in nodes if scale is not None or not math.isnan(node.drift)]
+        if not known:
+            raise InputError("no engine tells how its steps drift: it needs our plugin and the router's own profile")
+        for node in known:
+            self._fleet.recalibrate(node, float(scale) if scale is not None else node.scale * node.drift)
+        return {"nodes": [node_facts(node, now_s()) for node in nodes]}
 
 
 def _url(body: dict[str, Any]) -> str:

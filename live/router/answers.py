@@ -5,6 +5,9 @@ from aiohttp import web
 
 from deflector.live.router.failures import Refusal
 
+PATH_HEADER, REASON_HEADER = "x-deflector-path", "x-deflector-reason"
+"""Of every answer to a completion: which way it went, and why."""
+
 
 def refused(refusal: Refusal) -> web.Response:
     """A refusal as an answer."""

@@ -18,7 +18,7 @@ DEFAULT_OUTPUT_TOKENS = 4096
 LONGEST_SLO_MS = 86_400_000.0
 
 _NOT_FOR_PREFILL = frozenset({"stream_options", "min_tokens", "stop", "stop_token_ids"})
-_TO_PREFILL = {
+TO_PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -94,7 +94,7 @@ class ClientRequest:
 
         The token may be any: older engines keep no KV of a request that ends by a stop token, even if it is the first.
         """
-        one_token = {"max_tokens": 1, "stream": False, "ignore_eos": True, "kv_transfer_params": _TO_PREFILL}
+        one_token = {"max_tokens": 1, "stream": False, "ignore_eos": True, "kv_transfer_params": TO_PREFILL}
         body = {key: value for key, value in self.body.items() if key not in _NOT_FOR_PREFILL} | one_token
         if "max_completion_tokens" in body:
             body["max_completion_tokens"] = 1

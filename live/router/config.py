@@ -117,6 +117,8 @@ class RouterConfig(_Strict):
     """Between two looks at a node's state."""
     characters_per_token: float = Field(4.0, gt=0.1, le=100)
     """To begin with; learned from the engines' own counts."""
+    recalibrate_s: float | None = Field(None, ge=0.1, le=86400)
+    """So often, the step times of each node's profile are scaled to what its engine reports; without it, when asked."""
     warm_pairs: bool = True
     """Moves one small prompt over every pair of prefill and decode nodes before it says that it is ready."""
     api_keys: tuple[SecretStr, ...] = Field((), max_length=1000)
@@ -187,25 +189,35 @@ def check_nodes(config: RouterConfig, nodes: Iterable[LiveNode]) -> None:
     twice = sorted({url for url in urls if urls.count(url) > 1})
     if twice:
         raise InputError(f"nodes: {twice[0]} is there twice")
-    models = sorted({load_profile(_profile_of(node, config)).model for node in specs})
+    models = sorted({load_profile(profile_of(node, config)).model for node in specs})
     if len(models) > 1:
         raise InputError(f"nodes: KV cannot move between {' and '.join(models)}: use profiles of one model")
 
 
-def _profile_of(node: LiveNode, config: RouterConfig) -> str:
+def profile_of(node: LiveNode, config: RouterConfig) -> str:
+    """The name of a node's profile."""
     return node.profile if "profile" in node.model_fields_set else config.profile
 
 
 def facts_of(config: RouterConfig, nodes: Iterable[LiveNode]) -> ClusterFacts:
     """The arrays that policies read, one row per node in this order."""
+    return cluster_of(config, nodes).facts()
+
+
+def cluster_of(config: RouterConfig, nodes: Iterable[LiveNode]) -> ClusterSpec:
+    """The cluster that these nodes make, as the simulator takes it."""
     plain = [
         NodeSpec.model_validate(
             node.model_dump(exclude={"url", "api_key"})
-            | {"profile": _profile_of(node, config), "link": node.link or config.link}
+            | {"profile": profile_of(node, config), "link": node.link or config.link}
         )
         for node in nodes
     ]
-    return ClusterSpec.model_validate({"nodes": plain, "link": config.link}).facts()
+    roles = [node.role for node in plain]
+    name = "".join(f"{roles.count(role)}{role[0].upper()}" for role in ("prefill", "decode", "mixed") if role in roles)
+    return ClusterSpec.model_validate(
+        {"nodes": plain, "link": config.link, "report_interval_s": config.report_interval_s, "name": name}
+    )
 
 
 def _problem(error: ValidationError) -> str:

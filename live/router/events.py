@@ -2,10 +2,10 @@
 
 import asyncio
 
-import aiohttp
 import orjson
 
 from deflector.live.router.failures import LegFailure
+from deflector.live.router.legs import Body
 from deflector.live.router.nodes import Node
 
 _BEGINNINGS = (b"data:", b":", b"event:", b"id:", b"retry:")
@@ -27,7 +27,7 @@ class EventStream:
 
     __slots__ = ("_content", "_most_bytes", "_node", "_rest", "count", "is_done")
 
-    def __init__(self, node: Node, content: aiohttp.StreamReader, most_bytes: int) -> None:
+    def __init__(self, node: Node, content: Body, most_bytes: int) -> None:
         """Reads what a node answers; an event longer than `most_bytes` is none."""
         self._node, self._content, self._most_bytes = node, content, most_bytes
         self._rest = bytearray()
@@ -66,7 +66,7 @@ class EventStream:
         try:
             async with asyncio.timeout(_END_S):
                 return not await self._content.readany()
-        except (TimeoutError, aiohttp.ClientError):
+        except (TimeoutError, OSError):
             return False
 
     def _cut(self, data: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """All engines: their facts and their load, as policies read them; added and drained while requests run."""
 
+import logging
 from collections.abc import Collection
 
 import numpy as np
@@ -8,10 +9,14 @@ import numpy.typing as npt
 from deflector.envs.cluster import ClusterFacts, NodeField
 from deflector.envs.errors import InputError
 from deflector.envs.state import ClusterState, StateRow
-from deflector.live.router.config import LiveNode, RouterConfig, check_nodes, facts_of
+from deflector.envs.step_time import rescaled
+from deflector.live.router.config import LiveNode, RouterConfig, check_nodes, facts_of, profile_of
 from deflector.live.router.nodes import Node
 
+_log = logging.getLogger(__name__)
 SLO_GRAIN_TOKENS = 64
+SCALE_RANGE = (0.25, 4.0)
+"""An engine that is further from its profile needs another profile."""
 _LONGEST_PROMPT_TOKENS = 1 << 20
 _HEALTHY = int(StateRow.HEALTHY)
 
@@ -27,12 +32,32 @@ class Fleet:
         """
         self.config = config
         self.nodes: list[Node] = []
-        self._set([Node(spec, now_s) for spec in config.nodes])
+        self._set([self._node(spec, now_s) for spec in config.nodes])
+
+    def _node(self, spec: LiveNode, now_s: float) -> Node:
+        return Node(spec.model_copy(update={"profile": profile_of(spec, self.config)}), now_s)
 
     def _set(self, nodes: list[Node]) -> None:
-        facts = facts_of(self.config, [node.spec for node in nodes])
-        isolated_s = _isolated_prefill_s(facts)
+        promised = facts_of(self.config, [node.spec for node in nodes])
+        isolated_s = _isolated_prefill_s(promised)  # What is promised does not change because an engine is slow.
+        scaled = any(node.scale != 1.0 for node in nodes)
+        facts = facts_of(self.config, [self._scaled(node) for node in nodes]) if scaled else promised
         self.nodes, self.facts, self._isolated_s = nodes, facts, isolated_s
+
+    def _scaled(self, node: Node) -> LiveNode:
+        return node.spec.model_copy(update={"profile": rescaled(node.spec.profile, node.scale)})
+
+    def recalibrate(self, node: Node, scale: float) -> None:
+        """Reckons with a node's step times as its profile's times this scale, within SCALE_RANGE; 1 undoes it."""
+        scale = min(max(scale, SCALE_RANGE[0]), SCALE_RANGE[1])
+        _log.warning(
+            "%s: step times are reckoned %.3f times as long as its profile's, before %.3f times",
+            node.name,
+            scale,
+            node.scale,
+        )
+        node.scale = scale
+        self._set(self.nodes)
 
     def add(self, spec: LiveNode, now_s: float) -> Node:
         """Takes one more node.
@@ -41,7 +66,7 @@ class Fleet:
             InputError: If it could not serve beside the others; nothing has changed.
         """
         check_nodes(self.config, [*(node.spec for node in self.nodes), spec])
-        node = Node(spec, now_s)
+        node = self._node(spec, now_s)
         self._set([*self.nodes, node])
         return node
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import orjson
@@ -11,21 +11,31 @@ import orjson
 from deflector.live.router.clock import now_s
 from deflector.live.router.config import RouterConfig
 from deflector.live.router.failures import LegFailure
+from deflector.live.router.http_client import KEEP_ALIVE_S, Answer, CannotConnect, Connections
 from deflector.live.router.nodes import Leg, Node
-
-KEEP_ALIVE_S = 4.0
-"""vLLM closes an idle connection after 5 s; a request that crosses its closing would fail."""
 
 _KEPT_HEADERS = ("content-type", "retry-after")
 _MOST_ERROR_BYTES = 65536
 
 
+class Body(Protocol):
+    """What can be read piece by piece."""
+
+    async def readany(self) -> bytes:
+        """What has come; empty at the end."""
+
+
 class Engines:
-    """The router's side of every connection to its engines."""
+    """The router's side of every connection to its engines.
+
+    Attributes:
+        session: For what is asked now and then, such as their health; requests go over leaner connections.
+    """
 
     def __init__(self, config: RouterConfig) -> None:
         """Opens nothing yet; to be made where the event loop runs."""
         self._timeouts, self._answer_bytes = config.timeouts, config.limits.answer_bytes
+        self._connections = Connections(config.timeouts.connect_s)
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.timeouts.connect_s),
@@ -37,6 +47,7 @@ class Engines:
 
     async def close(self) -> None:
         """Closes every connection."""
+        self._connections.close()
         await self.session.close()
 
     async def prefill(self, node: Node, path: str, body: bytes, headers: dict[str, str]) -> dict[str, Any]:
@@ -47,11 +58,11 @@ class Engines:
         """
         has_prefilled = False
         try:
-            async with self.leg(node, self._timeouts.first_byte_s) as leg:
+            async with self.leg(node, self._timeouts.first_byte_s):
                 response = await self.send(node, path, body, headers)
                 has_prefilled = True
                 try:
-                    data = await self.whole(node, response, leg)
+                    data = await self.whole(node, response)
                 finally:
                     response.release()
             answer = parsed_answer(data, node)
@@ -76,7 +87,7 @@ class Engines:
             why = (leg and leg.expired) or f"no connection within {self._timeouts.connect_s:g} s"
             on_node = leg is None or not leg.waits_for_client
             raise LegFailure("timeout", f"{node.name}: {why}", status=504, blames_node=on_node) from None
-        except aiohttp.ClientConnectorError as error:
+        except (CannotConnect, aiohttp.ClientConnectorError) as error:
             raise LegFailure("refused", f"{node.name} cannot be reached: {error.strerror or error}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise LegFailure("reset", f"{node.name} broke off: {str(error)[:200] or type(error).__name__}") from None
@@ -84,7 +95,7 @@ class Engines:
             if leg is not None:
                 node.legs.discard(leg)
 
-    async def send(self, node: Node, path: str, body: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def send(self, node: Node, path: str, body: bytes, headers: dict[str, str]) -> Answer:
         """Sends a request and waits for the head of its answer; only one with status 200 comes back.
 
         Raises:
@@ -93,28 +104,27 @@ class Engines:
         key = node.spec.api_key
         if key is not None:
             headers = headers | {"authorization": f"Bearer {key.get_secret_value()}"}
-        response = await self.session.post(node.url(path), data=body, headers=headers, allow_redirects=False)
+        response = await self._connections.post(node.address, path, body, headers)
         if response.status != 200:
             await _refused(node, response, own_key=key is None and "authorization" in headers)
         return response
 
-    async def whole(self, node: Node, response: aiohttp.ClientResponse, leg: Leg) -> bytes:
+    async def whole(self, node: Node, body: Body) -> bytes:
         """A whole answer that is not streamed.
 
         Raises:
             LegFailure: If it is longer than the limit.
         """
         pieces, size = [], 0
-        while piece := await response.content.readany():
+        while piece := await body.readany():
             size += len(piece)
             if size > self._answer_bytes:
-                response.close()
                 raise LegFailure("garbage", f"{node.name} answers more than {self._answer_bytes} bytes")
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-async def _refused(node: Node, response: aiohttp.ClientResponse, own_key: bool) -> None:
+async def _refused(node: Node, response: Answer, own_key: bool) -> None:
     """Raises what an answer with another status than 200 means.
 
     Args:
@@ -124,7 +134,7 @@ async def _refused(node: Node, response: aiohttp.ClientResponse, own_key: bool) 
     """
     status = response.status
     try:
-        data = await response.content.read(_MOST_ERROR_BYTES)
+        data = await response.read(_MOST_ERROR_BYTES)
         headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
     finally:
         response.close()

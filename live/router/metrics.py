@@ -1,5 +1,6 @@
 """What Prometheus sees of the router: `deflector_*`."""
 
+import math
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -123,6 +124,12 @@ _GAUGES = (
     ("incoming", "Requests to decode there that have not begun", lambda node, now: node.incoming),
     ("report_age_seconds", "Age of the last load report", lambda node, now: max(0.0, now - node.last_report_s)),
     ("breaker_state", "0 closed, 1 half-open, 2 open", lambda node, now: int(node.breaker.state(now))),
+    (
+        "step_time_drift",
+        "Recent step times over what is reckoned with; NaN if nobody tells",
+        lambda node, now: node.drift,
+    ),
+    ("step_time_scale", "Step times reckoned with over the profile's", lambda node, now: node.scale),
     ("prefill_tokens_difference", "Reported beyond the book", lambda node, now: node.prefill_correction),
     ("decodes_difference", "Reported beyond the book", lambda node, now: node.more_decodes.value),
     ("kv_tokens_difference", "Reported beyond the book", lambda node, now: node.more_kv.value),
@@ -135,5 +142,5 @@ def node_facts(node: Node, time_s: float) -> dict[str, object]:
     state = "draining" if node.draining else "healthy" if gauges["healthy"] else "down" if not node.alive else "broken"
     source = node.report.source if node.report else "none"
     return {"url": node.spec.url, "role": node.spec.role, "state": state, "reports": source} | {
-        name: round(value, 6) for name, value in gauges.items() if name != "healthy"
+        name: round(value, 6) if math.isfinite(value) else None for name, value in gauges.items() if name != "healthy"
     }

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from yarl import URL
 
 from deflector.live.router.config import LiveNode
+from deflector.live.router.http_client import Address
 
 FAILURES_TO_OPEN = 3
 FIRST_PAUSE_S = 1.0
@@ -78,6 +79,8 @@ class Report:
         kv_tokens_used: KV tokens taken by anything; None if not told.
         requests: Running and waiting; None if not told.
         source: `plugin`, or `metrics` for vLLM's own.
+        drift: How many times as long as by its profile its recent steps took; None if not told.
+        profile: Which profile that is; None if not told.
     """
 
     counted_s: float
@@ -87,6 +90,8 @@ class Report:
     kv_tokens_used: float | None
     requests: float | None
     source: str
+    drift: float | None = None
+    profile: str | None = None
 
 
 class Correction:
@@ -138,6 +143,7 @@ class Node:
         parts = urlsplit(spec.url)
         self.spec = spec
         self.name = parts.netloc
+        self.address = Address(spec.url)
         self._urls: dict[str, URL] = {}
         self.breaker = Breaker()
         self.alive, self.draining, self.removed = True, False, False
@@ -156,6 +162,7 @@ class Node:
         self.deflected = 0
         self.tbt_slos: Counter[float] = Counter()
         self.strictest_tbt_slo_s = math.inf
+        self.scale = 1.0
         self.more_decodes, self.more_decode_kv, self.more_kv = Correction(), Correction(), Correction()
 
     def url(self, path: str) -> URL:
@@ -189,6 +196,14 @@ class Node:
             self.strictest_tbt_slo_s if self.decodes else math.inf,
             max(0.0, now_s - self.last_report_s),
         )
+
+    @property
+    def drift(self) -> float:
+        """How many times as long as the router reckons its recent steps took; nan where nobody tells."""
+        report = self.report
+        if report is None or report.drift is None or report.profile not in (None, self.spec.profile):
+            return math.nan
+        return report.drift / self.scale
 
     def take(self, report: Report) -> None:
         """Corrects the book by what the engine says."""

@@ -50,13 +50,18 @@ class PolicySlot:
         self._fallback = tried_policy("never", seed, fleet.facts)
         self._take(tried_policy(name, seed, fleet.facts), name)
 
-    def decide(self, request: Request, excluded: Collection[int]) -> Answer:
-        """Routes one request.
+    async def decide(self, request: Request, excluded: Collection[int], request_id: str) -> Answer:
+        """Routes one request. Whoever books the answer does so before anything else can run.
 
         Args:
             request: As the router knows it.
             excluded: Nodes that have failed it before.
+            request_id: What clients and logs call it.
         """
+        return self.decide_now(request, excluded)
+
+    def decide_now(self, request: Request, excluded: Collection[int]) -> Answer:
+        """The same, by the policy in charge."""
         began_s = time.perf_counter()
         state = self._fleet.state(request.arrival_s, excluded)
         reason = ""

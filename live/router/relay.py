@@ -10,6 +10,7 @@ import aiohttp
 from aiohttp import web
 
 from deflector.envs.state import Decision, Path, Request
+from deflector.live.router.answers import PATH_HEADER, REASON_HEADER
 from deflector.live.router.book import Flight
 from deflector.live.router.client_request import ClientRequest, TokensPerText
 from deflector.live.router.clock import now_s
@@ -114,7 +115,7 @@ class Relay:
     async def _try_nodes(self, http: web.BaseRequest, journey: Journey) -> tuple[web.StreamResponse, str]:
         """The answer, and what became of the request, in a word."""
         for attempt in range(1, self._attempts + 1):
-            decision = self._decide(journey, attempt)
+            decision = await self._decide(journey, attempt)
             if decision.path == Path.REJECT:
                 break
             nodes = self._fleet.nodes
@@ -132,12 +133,12 @@ class Relay:
                 flight.end()
         raise _nobody_left(journey)
 
-    def _decide(self, journey: Journey, attempt: int) -> Decision:
+    async def _decide(self, journey: Journey, attempt: int) -> Decision:
         nodes = self._fleet.nodes
         time_s = now_s()
         excluded = [k for k, node in enumerate(nodes) if node in journey.excluded]
         routed = journey.routed if attempt == 1 else replace(journey.routed, arrival_s=time_s)
-        answer = self._policy.decide(routed, excluded)
+        answer = await self._policy.decide(routed, excluded, journey.client.request_id)
         decision, handoff = answer.decision, journey.handoff
         if handoff is not None and decision.path != Path.REJECT:
             fresh = time_s - handoff.made_s < KV_KEPT_S and handoff.source in nodes
@@ -218,10 +219,10 @@ class Relay:
             predicted_s = self._fleet.isolated_prefill_s(client.prompt_tokens)
         timer = asyncio.get_running_loop().call_later(predicted_s, flight.first_token)
         try:
-            async with self._engines.leg(target, self._timeouts.answer_s) as leg:
+            async with self._engines.leg(target, self._timeouts.answer_s):
                 response = await self._engines.send(target, client.path, body, client.headers)
                 try:
-                    data = await self._engines.whole(target, response, leg)
+                    data = await self._engines.whole(target, response)
                 finally:
                     response.release()
         finally:
@@ -239,7 +240,7 @@ class Relay:
         async with self._engines.leg(target, self._timeouts.first_byte_s) as leg:
             response = await self._engines.send(target, client.path, body, client.headers)
             try:
-                events = EventStream(target, response.content, self._answer_bytes)
+                events = EventStream(target, response, self._answer_bytes)
                 first = await events.first()
                 flight.first_token()
                 target.breaker.abandoned()
@@ -297,8 +298,8 @@ class Relay:
     def _labels(self, journey: Journey) -> dict[str, str]:
         return {
             "x-request-id": journey.client.request_id,
-            "x-deflector-path": journey.path,
-            "x-deflector-reason": journey.reason,
+            PATH_HEADER: journey.path,
+            REASON_HEADER: journey.reason,
         }
 
 

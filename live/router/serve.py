@@ -50,6 +50,87 @@ def serve(config: RouterConfig, reread: Callable[[], str], say: Say) -> None:
     uvloop.run(_Process(config, reread, say).run())
 
 
+class Router:
+    """Everything put together, in the event loop that makes it.
+
+    Attributes:
+        fleet: The nodes.
+        policy: Who decides.
+        face: What clients meet.
+        port: Where; known once it is open.
+    """
+
+    def __init__(self, config: RouterConfig, fleet: Fleet, policy: PolicySlot, say: Say) -> None:
+        """Opens nothing yet."""
+        self.config, self.fleet, self.policy, self._say = config, fleet, policy, say
+        self.port = 0
+        self._metrics = RouterMetrics(fleet)
+        self._log = DecisionLog(config.decision_log, self._metrics)
+        self._engines = Engines(config)
+        text = TokensPerText(config.characters_per_token)
+        self._watch = Watch(config, fleet, self._engines, self._metrics)
+        self._admin = Admin(fleet, policy, self._watch, self._engines, config.warm_pairs)
+        recent = Recent()
+        relay = Relay(config, fleet, policy, self._engines, self._metrics, self._log, text, recent)
+        self.face = Face(config, fleet, relay, self._engines, self._metrics, text, self._admin, recent)
+        self._writing = asyncio.create_task(self._log.keep_writing())
+        self._runners: list[ServerRunner] = []
+
+    async def open(self) -> None:
+        """Listens, at the admin's port too.
+
+        Raises:
+            InputError: If a port is taken.
+        """
+        config = self.config
+        self._runners.append(_runner(self.face.answer, config))
+        await self._runners[-1].setup()
+        self.port = await _listen(self._runners[-1], config.host, config.port)
+        self._say(f"Listening on http://{config.host}:{self.port}")
+        if config.admin_port is not None:
+            self._runners.append(_runner(_guarded(self._admin), config))
+            await self._runners[-1].setup()
+            port = await _listen(self._runners[-1], "127.0.0.1", config.admin_port)
+            self._say(f"Admin on http://127.0.0.1:{port}")
+
+    async def begin(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Waits a little for the nodes' first signs of life, makes every pair acquainted, and lets clients in."""
+        self._watch.begin()
+        end_s = now_s() + START_S
+        nodes = self.fleet.nodes
+        while now_s() < end_s and is_wanted() and not all(node.model for node in nodes):
+            await asyncio.sleep(LOOK_EVERY_S)
+        for node in nodes:
+            if not node.model:
+                self._say(f"{node.spec.role} node {node.spec.url} does not answer yet; requests go to the others.")
+        if self.config.warm_pairs:
+            pairs = [
+                (s, t)
+                for s in self.fleet.prefill_nodes
+                for t in self.fleet.decode_nodes
+                if s is not t and s.model and t.model
+            ]
+            for problem in await warm_up(self._engines, pairs):
+                self._say(f"No KV moves between {problem}")
+        self.face.is_ready = True
+        self._metrics.ready.set(1)
+
+    def turn_away(self) -> None:
+        """Takes no new requests."""
+        self.face.is_draining = True
+        self._metrics.ready.set(0)
+
+    async def close(self) -> None:
+        """Ends everything, requests that still run too."""
+        for runner in self._runners:
+            await runner.cleanup()
+        await self._watch.end()
+        await self._engines.close()
+        self._writing.cancel()
+        await asyncio.gather(self._writing, return_exceptions=True)
+        await self._log.close()
+
+
 class _Process:
     def __init__(self, config: RouterConfig, reread: Callable[[], str], say: Say) -> None:
         self._config, self._reread, self._say = config, reread, say
@@ -60,36 +141,17 @@ class _Process:
         config = self._config
         fleet = Fleet(config, now_s())
         policy = await asyncio.to_thread(PolicySlot, fleet, config.policy, config.seed)
-        metrics, recent = RouterMetrics(fleet), Recent()
-        log = DecisionLog(config.decision_log, metrics)
-        engines = Engines(config)
-        text = TokensPerText(config.characters_per_token)
-        watch = Watch(config, fleet, engines, metrics)
-        admin = Admin(fleet, policy, watch, engines, config.warm_pairs)
-        relay = Relay(config, fleet, policy, engines, metrics, log, text, recent)
-        face = Face(config, fleet, relay, engines, metrics, text, admin, recent)
-        writing = asyncio.create_task(log.keep_writing())
-        runners: list[ServerRunner] = []
+        router = Router(config, fleet, policy, self._say)
         try:
             self._listen_to_signals(policy)
-            await self._open(face, admin, runners)
-            watch.begin()
-            await self._warm(fleet, engines)
-            face.is_ready = True
-            metrics.ready.set(1)
+            await router.open()
+            await router.begin(lambda: not self._stop.is_set())
             self._say(f"Ready: {len(fleet.nodes)} nodes, policy {policy.text}.")
             await self._stop.wait()
-            face.is_draining = True
-            metrics.ready.set(0)
-            await self._drain(face)
+            router.turn_away()
+            await self._drain(router.face)
         finally:
-            for runner in runners:
-                await runner.cleanup()
-            await watch.end()
-            await engines.close()
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-            await log.close()
+            await router.close()
 
     def _listen_to_signals(self, policy: PolicySlot) -> None:
         loop = asyncio.get_running_loop()
@@ -113,32 +175,6 @@ class _Process:
             self._say(f"Policy is now {policy.text}.")
         except InputError as error:
             self._say(f"Policy stays {policy.text}: {error}")
-
-    async def _open(self, face: Face, admin: Admin, runners: list[ServerRunner]) -> None:
-        config = self._config
-        runners.append(_runner(face.answer, config))
-        await runners[-1].setup()
-        port = await _listen(runners[-1], config.host, config.port)
-        self._say(f"Listening on http://{config.host}:{port}")
-        if config.admin_port is not None:
-            runners.append(_runner(_guarded(admin), config))
-            await runners[-1].setup()
-            port = await _listen(runners[-1], "127.0.0.1", config.admin_port)
-            self._say(f"Admin on http://127.0.0.1:{port}")
-
-    async def _warm(self, fleet: Fleet, engines: Engines) -> None:
-        """Waits a little for the nodes' first signs of life, then makes every pair acquainted."""
-        end_s = now_s() + START_S
-        while now_s() < end_s and not self._stop.is_set() and not all(node.model for node in fleet.nodes):
-            await asyncio.sleep(LOOK_EVERY_S)
-        for node in fleet.nodes:
-            if not node.model:
-                self._say(f"{node.spec.role} node {node.spec.url} does not answer yet; requests go to the others.")
-        if not self._config.warm_pairs:
-            return
-        pairs = [(s, t) for s in fleet.prefill_nodes for t in fleet.decode_nodes if s is not t and s.model and t.model]
-        for problem in await warm_up(engines, pairs):
-            self._say(f"No KV moves between {problem}")
 
     async def _drain(self, face: Face) -> None:
         if face.in_flight:

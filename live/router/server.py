@@ -152,13 +152,13 @@ class Face:
             if not node.takes_requests(now_s()):
                 continue
             try:
-                async with self._engines.leg(node, self._config.timeouts.health_s) as leg:
+                async with self._engines.leg(node, self._config.timeouts.health_s):
                     key = node.spec.api_key
                     headers = self._passed_on(http)
                     if key is not None:
                         headers["authorization"] = f"Bearer {key.get_secret_value()}"
                     async with self._engines.session.get(node.url(MODELS), headers=headers) as response:
-                        data = await self._engines.whole(node, response, leg)
+                        data = await self._engines.whole(node, response.content)
                         return web.Response(body=data, status=response.status, content_type="application/json")
             except LegFailure as failure:
                 problem = failure.detail

@@ -42,9 +42,9 @@ async def _warm(engines: Engines, source: Node, target: Node, gate: asyncio.Sema
         async with gate, asyncio.timeout(PAIR_S):
             answer = await engines.prefill(source, client.path, client.for_prefill(), headers)
             moved = client.for_decode(answer["kv_transfer_params"])
-            async with engines.leg(target, PAIR_S) as leg:
+            async with engines.leg(target, PAIR_S):
                 response = await engines.send(target, client.path, moved, headers)
-                await engines.whole(target, response, leg)
+                await engines.whole(target, response)
                 response.release()
     except (LegFailure, TimeoutError, aiohttp.ClientError, OSError) as error:
         return f"{source.name} -> {target.name}: {error or 'took too long'}"

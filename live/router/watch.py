@@ -16,6 +16,8 @@ from deflector.live.router.metrics import RouterMetrics
 from deflector.live.router.nodes import Node, Report
 from deflector.live.router.warm_pairs import pairs_with, warm_up
 
+WORTH_IT = 1.05
+"""Smaller drifts are left alone when recalibrating again and again."""
 CHECKS_TO_KILL = 2
 """Health checks in a row that were refused, after which a node counts as dead."""
 SWEEP_EVERY_S = 0.1
@@ -32,12 +34,15 @@ class Watch:
         """Starts nothing yet."""
         self._fleet, self._engines, self._metrics = fleet, engines, metrics
         self._every_s, self._health_s = config.report_interval_s, config.timeouts.health_s
+        self._recalibrate_s = config.recalibrate_s
         self._silence_s, self._warm_pairs = config.timeouts.silence_s, config.warm_pairs
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
         """Watches the deadlines, and every node of the fleet."""
         self._start(self._sweep())
+        if self._recalibrate_s is not None:
+            self._start(self._recalibrate(self._recalibrate_s))
         for node in self._fleet.nodes:
             self.follow(node)
 
@@ -67,6 +72,14 @@ class Watch:
                 for leg in list(node.legs):
                     if leg.deadline_s < time_s:
                         leg.expire("its client takes nothing" if leg.waits_for_client else "nothing came in time")
+
+    async def _recalibrate(self, every_s: float) -> None:
+        """Follows what engines report of their steps."""
+        while True:
+            await asyncio.sleep(every_s)
+            for node in self._fleet.nodes:
+                if node.drift < 1 / WORTH_IT or node.drift > WORTH_IT:
+                    self._fleet.recalibrate(node, node.scale * node.drift)
 
     async def _check(self, node: Node) -> None:
         """Asks for its health again and again; a node that is dead fails whoever waits for it."""
@@ -178,6 +191,8 @@ def plugin_report(data: bytes, received_s: float, unix_s: float) -> Report:
         kv_tokens_used=_number(raw, "kv_tokens_used"),
         requests=None if running is None else running + (waiting or 0),
         source="plugin",
+        drift=_number(raw, "drift") or None,
+        profile=raw["profile"] if isinstance(raw.get("profile"), str) else None,
     )
 
 

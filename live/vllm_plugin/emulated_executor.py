@@ -20,6 +20,7 @@ from deflector.envs.step_time import DEFAULT_PROFILE, load_profile
 from deflector.live.vllm_plugin.emulated_model import VOCABULARY
 from deflector.live.vllm_plugin.emulated_wire import Wire
 from deflector.live.vllm_plugin.engine_settings import read_settings
+from deflector.live.vllm_plugin.slowdown_file import SlowdownFile
 
 FIRST_TOKEN = 3
 """Below are the special tokens of the emulated vocabulary."""
@@ -72,6 +73,7 @@ class EmulatedExecutor(Executor):
         settings = read_settings(self.vllm_config.additional_config)
         self._profile = settings.profile or load_profile(DEFAULT_PROFILE)
         self._slowdown = settings.slowdown
+        self._slowdown_file = SlowdownFile(settings.slowdown_file)
         self._sequences: dict[str, _Sequence] = {}
         self._last_end_s = 0.0
         self._sampled: Future[Any] | None = None
@@ -177,6 +179,7 @@ class EmulatedExecutor(Executor):
         if not ids:
             return _only(news), 0.0
         step_s = float(self._profile.step_time_s(chunk_tokens, q, decodes, kv_tokens)) * self._slowdown
+        step_s *= self._slowdown_file.factor(time.monotonic())
         index = {request_id: k for k, request_id in enumerate(ids)}
         output = ModelRunnerOutput(
             req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens, kv_connector_output=news

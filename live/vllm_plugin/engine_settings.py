@@ -20,6 +20,7 @@ class EngineSettings:
         tbt_budget_s: Longest step with a deflected chunk in it, whatever the request's rule; None: as the rule says.
         step_log: File of the step recorder; None: none.
         slowdown: Of an emulated engine: its steps take so many times as long as the profile says.
+        slowdown_file: Of an emulated engine: a file with one more factor, read every second; none while it is missing.
         link_gb_per_s: Of an emulated engine: speed of its KV transfers.
     """
 
@@ -28,6 +29,7 @@ class EngineSettings:
     tbt_budget_s: float | None = None
     step_log: str | None = None
     slowdown: float = 1.0
+    slowdown_file: str | None = None
     link_gb_per_s: float = 7.8
 
 
@@ -50,7 +52,7 @@ def read_settings(config: object) -> EngineSettings:
     for key, value in ours.items():
         if key == "profile":
             values[key] = load_profile(str(value))
-        elif key == "step_log":
+        elif key in ("step_log", "slowdown_file"):
             values[key] = str(value)
         else:
             values[key] = _number(key, value)

@@ -13,10 +13,11 @@ VERSION = 1
 COUNTED = (
     "time_us", "steps", "prefill_tokens", "decodes", "decode_kv_tokens", "kv_tokens_used", "kv_tokens_capacity",
     "running", "waiting", "pulling", "held", "deflected", "held_back", "step_us",
+    "drift_ppm",
 )  # fmt: skip
 """What the scheduler counts, all integers; docs/vllm-plugin.md says what each means."""
 
-ADDED_UP = frozenset(COUNTED) - {"time_us", "step_us", "steps"}
+ADDED_UP = frozenset(COUNTED) - {"time_us", "step_us", "steps", "drift_ppm"}
 
 
 def packed(counts: Mapping[str, int]) -> dict[str, int]:
@@ -64,6 +65,7 @@ class LastState:
             "time_us": min(core["time_us"] for core in cores),
             "steps": sum(core["steps"] for core in cores),
             "step_us": max(core["step_us"] for core in cores),
+            "drift_ppm": max(core.get("drift_ppm", 0) for core in cores),
         }
 
     def answer(self) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class LastState:
         counts = self.counts
         if not counts and not self._own and self._facts.get("scheduler") == "deflector":
             counts = dict.fromkeys(set(COUNTED) - {"kv_tokens_capacity"}, 0)  # It has not made a step yet.
-        state: dict[str, Any] = {name: counts.get(name) for name in COUNTED if not name.endswith("_us")}
+        state: dict[str, Any] = {name: counts.get(name) for name in COUNTED if not name.endswith(("_us", "_ppm"))}
         own = list(self._own.values())
         if not counts and own:
             state["running"] = int(sum(core["running"] for core in own))
@@ -79,13 +81,14 @@ class LastState:
             capacity = self._facts.get("kv_tokens_capacity")
             usage = sum(core["kv_usage"] for core in own) / len(own)
             state["kv_tokens_used"] = None if capacity is None else round(usage * capacity)
-        time_us, step_us = counts.get("time_us"), counts.get("step_us")
+        time_us, step_us, drift_ppm = counts.get("time_us"), counts.get("step_us"), counts.get("drift_ppm")
         return {
             "version": VERSION,
             **state,
             **{name: value for name, value in self._facts.items() if state.get(name) is None},
             "time_s": time_us / 1e6 if time_us else None,
             "step_s": None if step_us is None else step_us / 1e6,
+            "drift": drift_ppm / 1e6 if drift_ppm else None,
         }
 
 

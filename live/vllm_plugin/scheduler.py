@@ -147,7 +147,7 @@ class DeflectionMixin:
             for request_id in self._prefills & self._deflected.keys() & output.num_scheduled_tokens.keys():
                 self._deflected[request_id].cutter.advance()
         if output.total_num_scheduled_tokens:
-            self._meter.begin(id(output), self._predicted_s(output), self._record(output))
+            self._meter.begin(id(output), self._predicted_s(output), self._record(output), is_cut=self._cuts_deflected)
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -177,6 +177,7 @@ class DeflectionMixin:
             "held_back": len(self._held_back),
             "steps": self._meter.steps,
             "step_us": round(self._meter.step_s * 1e6),
+            "drift_ppm": round(self._meter.drift * 1e6),
         }
 
     def _mamba_block_aligned_split(
@@ -224,8 +225,8 @@ class DeflectionMixin:
         return StepLoad(self._chunk_tokens, self._q, len(held), sum(held))
 
     def _predicted_s(self, output: SchedulerOutput) -> float | None:
-        """What the profile says of a step in which a deflected prompt is cut; None for all others."""
-        if self._settings.profile is None or not self._cuts_deflected:
+        """What the profile says of a step."""
+        if self._settings.profile is None:
             return None
         decoding = output.num_scheduled_tokens.keys() - self._prefills
         kv_tokens = sum(self.requests[request_id].num_computed_tokens for request_id in decoding)

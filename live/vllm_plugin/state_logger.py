@@ -6,6 +6,7 @@ from prometheus_client import Gauge
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from deflector.live.vllm_plugin.engine_settings import PREFIX
 from deflector.live.vllm_plugin.engine_state import LAST, unpacked, without_ours
 
 GAUGES = {
@@ -20,6 +21,11 @@ GAUGES = {
 }
 
 logger = init_logger(__name__)
+
+
+def _profile(config: Any) -> str | None:
+    """Whose step times this engine's drift is measured against."""
+    return config.get(PREFIX + "profile") if isinstance(config, dict) else None
 
 
 class StateLogger(StatLoggerBase):
@@ -38,6 +44,7 @@ class StateLogger(StatLoggerBase):
                 "kv_tokens_capacity": blocks * block_size if blocks and block_size else None,
                 "scheduler": "deflector" if "Deflection" in str(scheduler.scheduler_cls) else "vllm",
                 "role": transfer.kv_role if transfer is not None else None,
+                "profile": _profile(vllm_config.additional_config),
             }
         )
         self._engine = engine_index

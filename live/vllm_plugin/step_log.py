@@ -8,6 +8,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 FLUSH_EVERY_S = 0.5
+MOST_READ_BYTES = 8 << 20
+
+
+def read_steps(path: Path, offset: int) -> tuple[bytes, int]:
+    """Whole lines of a step log from so many bytes on, and where the next ones begin; -1 stands for the log's end."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, 2)
+            if not 0 <= offset <= end:
+                return b"", end
+            file.seek(offset)
+            data = file.read(MOST_READ_BYTES)
+    except OSError:
+        return b"", 0
+    data = data[: data.rfind(b"\n") + 1]
+    return data, offset + len(data)
 
 
 class StepLog:

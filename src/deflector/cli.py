@@ -21,6 +21,7 @@ import deflector
 from deflector import commands, live_commands
 from deflector.envs.errors import InputError
 from deflector.live.cluster.flags import Cluster
+from deflector.live.replay.flags import Replay
 from deflector.live.router.flags import Serve
 from deflector.training.settings import Evaluate, Export, Judge, Saturation
 from deflector.training.train_flags import Train
@@ -56,6 +57,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any, Console], None]]] = {
     Saturation: ("saturation", commands.run_saturation),
     Serve: ("serve", live_commands.run_serve),
     Cluster: ("cluster", live_commands.run_cluster),
+    Replay: ("replay", live_commands.run_replay),
     Train: ("train", commands.run_train),
     Export: ("export", commands.run_export),
     commands.Policies: ("policies", commands.run_policies),

@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
 from deflector.envs.errors import InputError
+from deflector.live.profiler.flags import Measure
 from deflector.training.settings import Evaluate, Export, Judge, Saturation
 from deflector.training.train_flags import Train
 
@@ -133,7 +134,10 @@ class Profile:
     """
 
     action: (
-        Annotated[Fit, subcommand("fit")] | Annotated[List, subcommand("list")] | Annotated[Show, subcommand("show")]
+        Annotated[Measure, subcommand("measure")]
+        | Annotated[Fit, subcommand("fit")]
+        | Annotated[List, subcommand("list")]
+        | Annotated[Show, subcommand("show")]
     )
 
 
@@ -246,6 +250,10 @@ def run_profile(flags: Profile, console: Console) -> None:
             print_profile(console, load_profile(name))
         case Fit() as fit:
             _fit(fit, console)
+        case Measure() as measure:
+            from deflector.measure import run_measure
+
+            run_measure(measure, console)
 
 
 def _fit(flags: Fit, console: Console) -> None:

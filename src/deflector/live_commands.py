@@ -7,6 +7,7 @@ from rich.console import Console
 
 from deflector.envs.errors import InputError
 from deflector.live.cluster.flags import Cluster
+from deflector.live.replay.flags import Replay
 from deflector.live.router.flags import Serve
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def run_serve(flags: Serve, console: Console) -> None:
     """Carries out `deflector serve`."""
-    _need("serve", "aiohttp", "orjson", "prometheus_client", "uvloop")
+    _need("serve", "aiohttp", "httptools", "orjson", "prometheus_client", "uvloop")
     from deflector.live.router.config import checked_config, read_config
     from deflector.live.router.flags import merged
     from deflector.live.router.serve import say_to_stderr, serve
@@ -35,6 +36,14 @@ def run_cluster(flags: Cluster, console: Console) -> None:
     from deflector.live.cluster.commands import run_cluster
 
     run_cluster(flags, console)
+
+
+def run_replay(flags: Replay, console: Console) -> None:
+    """Carries out `deflector replay`."""
+    _need("replay", "aiohttp", "httptools", "orjson", "prometheus_client", "uvloop")
+    from deflector.replay import run_replay
+
+    run_replay(flags, console)
 
 
 def _need(command: str, *modules: str) -> None:
