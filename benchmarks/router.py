@@ -29,11 +29,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from deflector.envs.state import Request
+from deflector.live.router.config import checked_config
+from deflector.live.router.fleet import Fleet
+from deflector.live.router.policy_slot import PolicySlot
+
 HERE = Path(__file__).parent
 Found = dict[str, dict[str, list[float]]]
 """Router -> figure -> its values, round by round."""
 RATE_RPS, OPEN_S = 200, 8.0
 AT_ONCE = 16
+DECISIONS = 3000
 START_S = 60.0
 
 
@@ -231,14 +237,38 @@ def soak(router: Router, requests: int) -> list[float]:
     return sizes
 
 
+def decisions() -> dict[str, float]:
+    """Microseconds that a decision takes in the router, the state's making included; no engine is needed."""
+    figures = {}
+    for size in (2, 64):
+        roles = ["prefill"] * size + ["decode"] * size
+        nodes = [{"role": role, "url": f"http://127.0.0.1:{1000 + k}"} for k, role in enumerate(roles)]
+        fleet = Fleet(checked_config({"nodes": nodes}, "benchmark"), 0.0)
+        for policy in ("kairos", "learned"):
+            slot = PolicySlot(fleet, policy, 0)
+            requests = [Request(k, 0.01 * k, 1000 + k % 5000, 100, 1.0, 0.1) for k in range(DECISIONS)]
+            times_us = [slot.decide_now(request, ()).took_s * 1e6 for request in requests]
+            for share in (50, 99):
+                value = statistics.quantiles(times_us, n=100)[share - 1]
+                figures[f"{policy}_decide_us_p{share}_{size}p{size}d"] = round(value, 1)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", metavar="PATH", help="the vllm-router program (pip install vllm-router==0.1.17)")
     parser.add_argument("--requests", type=int, default=3000, help="per measurement (default: 3000)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="requests of the memory watch (default: none)")
+    parser.add_argument("--decisions", action="store_true", help="only the time that decisions take, 2P2D and 64P64D")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     flags = parser.parse_args()
+    if flags.decisions:
+        figures = decisions()
+        print(json.dumps(figures, indent=1))
+        if flags.json:
+            Path(flags.json).write_text(json.dumps(figures, indent=1))
+        return
     if flags.peer is None:
         print("no --peer: vllm-router is left out", file=sys.stderr)
     with engines() as ports:
