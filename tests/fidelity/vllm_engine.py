@@ -39,6 +39,7 @@ from deflector.envs.step_time import (
     StepTimeProfile,
 )
 from deflector.live.vllm_plugin.scheduler import DeflectionScheduler, DeflectionSchedulerSync
+from deflector.live.vllm_plugin.step_meter import StepMeter
 
 LONGEST = 131072
 MODEL = {
@@ -155,10 +156,12 @@ class VllmEngine:
         kv_cache = KVCacheConfig(
             num_blocks=self.blocks + 1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
         )
-        return (DeflectionScheduler if asynchronous else DeflectionSchedulerSync)(
+        scheduler = (DeflectionScheduler if asynchronous else DeflectionSchedulerSync)(
             vllm_config=config, kv_cache_config=kv_cache, structured_output_manager=structured_output(),
             block_size=self.block_size,
         )  # fmt: skip
+        scheduler._meter = StepMeter(lambda: 0.0)  # The wall's clock has no say in simulated time.
+        return scheduler
 
     def add(self, request: NewRequest) -> None:
         if self.step is not None:
